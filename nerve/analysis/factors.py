@@ -105,22 +105,23 @@ def find_factors(runs: pd.DataFrame) -> Factors:
     ordered = [name for name in DESIGN_FACTORS if name in leaves]
     ordered += [name for name in leaves if name not in DESIGN_FACTORS and name not in TAKEN]
     ordered += [name for name in leaves if name in TAKEN]
-    levels = {name: levels_of(runs[name]) for name in ordered}
+    leaf_of = {name: _Leaf.of(runs[name]) for name in ordered}
+    designs = pd.factorize(runs["design_id"])[0]
     varying: list[str] = []
     taken: list[str] = []
     together: dict[str, list[str]] = {}
-    for name in ordered:
-        if levels[name].nunique() < 2:
+    for name, leaf in leaf_of.items():
+        if len(leaf.texts) < 2:
             continue
-        owner = next((other for other in varying if _follows(runs, levels, name, other)), None)
+        owner = next((each for each in varying if leaf.follows(leaf_of[each], designs)), None)
         if owner is None:
             (taken if name in TAKEN else varying).append(name)
         else:
             together.setdefault(owner, []).append(name)
     constant = {
-        name: levels[name].iloc[0]
+        name: leaf_of[name].texts[0]
         for name in DESIGN_FACTORS
-        if name in levels and levels[name].nunique() == 1
+        if name in leaf_of and len(leaf_of[name].texts) == 1
     }
     return Factors(
         tuple(varying),
@@ -166,34 +167,65 @@ def _is_leaf(name: str) -> bool:
     )
 
 
-def _follows(runs: pd.DataFrame, levels: dict[str, pd.Series], name: str, other: str) -> bool:
-    return _is_fixed(runs, levels[name], other, levels[other]) or _is_copy(
-        levels[name], levels[other]
-    )
+@dataclass(frozen=True)
+class _Leaf:
+    """The levels of a configuration leaf: there are thousands of pairs of leaves to compare.
+
+    Attributes:
+        codes: the index of each run's level in `texts`.
+        texts: the levels.
+        is_name: whether they are strings.
+    """
+
+    codes: np.ndarray
+    texts: np.ndarray
+    is_name: bool
+
+    @staticmethod
+    def of(values: pd.Series) -> "_Leaf":
+        codes, texts = pd.factorize(levels_of(values).astype(object))
+        return _Leaf(codes, np.asarray(texts, dtype=object), _is_name(values))
+
+    def follows(self, other: "_Leaf", designs: np.ndarray) -> bool:
+        """Whether its effect could not be separated from that of another leaf.
+
+        Args:
+            other: a leaf of the same runs.
+            designs: the number of each run's design.
+        """
+        return self._is_fixed_by(other, designs) or self._is_copy_of(other)
+
+    def _is_fixed_by(self, other: "_Leaf", designs: np.ndarray) -> bool:
+        """Whether each level of `other` determines the level of the leaf, and not only because each
+        has a single design."""
+        n_both = len(_pairs(self.codes, other.codes))
+        if n_both > len(other.texts):
+            return False
+        if n_both == len(self.texts):
+            return True
+        known = designs >= 0
+        of_each = _pairs(other.codes[known], designs[known])[:, 0]
+        n_designs = np.bincount(of_each, minlength=len(other.texts))
+        return bool(n_designs.max() > 1 if other.is_name else n_designs.min() > 1)
+
+    def _is_copy_of(self, other: "_Leaf") -> bool:
+        """Whether the leaf and `other` split the runs that have the leaf in the same way, such as
+        the learning rate of a part that only some optimizers have."""
+        has = self.texts[self.codes] != level_text(None)
+        own, its = self.codes[has], other.codes[has]
+        n_both = len(_pairs(own, its))
+        return n_both > 1 and n_both == len(np.unique(own)) == len(np.unique(its))
 
 
-def _is_fixed(runs: pd.DataFrame, own: pd.Series, other: str, fixing: pd.Series) -> bool:
-    """Whether each level of `other` determines the level of the leaf, and not only because each has
-    a single design."""
-    n_both = len(set(zip(own, fixing, strict=True)))
-    if n_both > fixing.nunique():
-        return False
-    if n_both == own.nunique():
-        return True
-    n_designs = runs.groupby(fixing)["design_id"].nunique()
-    return bool(n_designs.max() > 1 if _is_name(runs[other]) else n_designs.min() > 1)
-
-
-def _is_copy(own: pd.Series, other: pd.Series) -> bool:
-    """Whether the leaf and `other` split the runs that have the leaf in the same way, such as the
-    learning rate of a part that only some optimizers have."""
-    has = own != level_text(None)
-    own, other = own[has], other[has]
-    n_both = len(set(zip(own, other, strict=True)))
-    return bool(n_both > 1 and n_both == own.nunique() == other.nunique())
+def _pairs(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The distinct pairs of two numbers, `[pairs, 2]`."""
+    n = int(other.max(initial=0)) + 1
+    return np.stack(np.divmod(np.unique(one * n + other), n), axis=1)
 
 
 def _is_name(values: pd.Series) -> bool:
+    if values.dtype != object:
+        return pd.api.types.is_string_dtype(values.dtype)
     return all(isinstance(value, str) for value in values.dropna())
 
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from nerve.errors import MeasurementError
 from nerve.measuring.choice import Choice
+from nerve.measuring.ffns import sites_of
 from nerve.measuring.streams import streams_of
 from nerve.measuring.tap import Hook, is_looking
 from nerve.recording.recorder import Recorder
@@ -47,6 +48,7 @@ class PassFeatures:
         self.n_seen = 0
         """Number of passes measured since then."""
         self._is_taking = False
+        self._weights: list[tuple[int, int]] = []
         self._model = weakref.ref(model)
         self._handles = [
             model.register_forward_pre_hook(untraced(self._start), with_kwargs=True),
@@ -88,6 +90,7 @@ class PassFeatures:
             first = next((x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim), None)
             self.n_sequences += 0 if first is None else len(first)
             self._require_ended()
+            self._require_same_weights()
             chosen = self._choice.of(batch)  # which may run the model itself
             self._is_taking = True
             self._recorder.start(chosen)
@@ -108,11 +111,28 @@ class PassFeatures:
                 "with heldout=."
             )
 
+    def _require_same_weights(self) -> None:
+        """Raises `MeasurementError` if weights have changed since the last pass of this step."""
+        if self.n_seen and self._weights != self._versions():
+            raise MeasurementError(
+                "The features of a step are those of one set of weights; weights have changed "
+                f"between two passes of step {self._recorder.due_step}. Call step after each step "
+                "of the optimizer; if this runs the model several times (LBFGS), give held-out "
+                "batches with heldout=."
+            )
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """What changes with the weights of the projections before the nonlinearities."""
+        modules = (sites_of(ffn)[0].module for ffn in self._recorder.probe.ffns)
+        weights = (each for module in modules for each in module.parameters())
+        return [(id(each), each._version) for each in weights if not each.is_inference()]
+
     def _stop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._is_taking and self._is_own(module):
             self._is_taking = False
             self._recorder.stop()
             self.n_seen += 1
+            self._weights = self._versions()
 
 
 def untraced(look: Callable[..., None]) -> Hook:

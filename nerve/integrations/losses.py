@@ -75,7 +75,7 @@ class StepLosses:
         if not (is_meant and is_of_training()):
             return
         found = loss_of(output)
-        loss = output["loss"] if isinstance(output, Mapping) else getattr(output, "loss", None)
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if found is not None and isinstance(loss, Tensor) and loss.requires_grad:
             # A copy: the Trainer scales the loss in place.
             made = _Pass(found[0].clone(), found[1], kwargs.get("num_items_in_batch"))

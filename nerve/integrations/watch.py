@@ -100,22 +100,52 @@ def watch(
         StoreError: if the directory holds a run with another configuration, or one that is done.
     """
     source = "train" if heldout is None else "heldout"
-    return watched(
-        model,
-        directory,
-        {**settings, "every_n_steps": every_n_steps, "source": source},
-        config=config,
-        optimizer=optimizer,
-        batches=None if heldout is None else batches_of(heldout),
-        forward=forward,
-        mask=mask,
-        exclude=exclude,
-        only_labeled=only_labeled,
-        ffns=ffns,
-        resume=resume,
-        last_step=last_step,
-        token_counts=token_counts,
+    return _Watch(
+        watched(
+            model,
+            directory,
+            {**settings, "every_n_steps": every_n_steps, "source": source},
+            config=config,
+            optimizer=optimizer,
+            batches=None if heldout is None else batches_of(heldout),
+            forward=forward,
+            mask=mask,
+            exclude=exclude,
+            only_labeled=only_labeled,
+            ffns=ffns,
+            resume=resume,
+            last_step=last_step,
+            token_counts=token_counts,
+        )
     )
+
+
+class _Watch(AbstractContextManager[WatchedLoop]):
+    """What `watch` returns: one run, which begins and ends with a `with` block."""
+
+    def __init__(self, run: AbstractContextManager[WatchedLoop]) -> None:
+        self._run: AbstractContextManager[WatchedLoop] = run
+        self._was_entered = False
+
+    def __enter__(self) -> WatchedLoop:
+        require(
+            not self._was_entered,
+            "nerve.watch(...) is one run, for one with block; the same one was entered a second "
+            "time. Call nerve.watch again, with resume= to continue the run.",
+        )
+        self._was_entered = True
+        return self._run.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._run.__exit__(*error)
+
+    def __getattr__(self, name: str) -> Any:
+        require(
+            name.startswith("_") or not hasattr(WatchedLoop, name),
+            f"A watched loop is inside a with block; {name} was used without one. Write: with "
+            "nerve.watch(...) as run.",
+        )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 @contextmanager

@@ -279,7 +279,8 @@ def require_distinct(ffns: Sequence[FFN]) -> None:
     doubled = [key for key, n in names.items() if n > 1]
     if doubled:
         raise MeasurementError(
-            f"Each FFN must have a unique (layer, name); {doubled[0]} is used more than once."
+            f"Each FFN must have a unique (layer, name); {doubled[0]} is used more than once. Give "
+            "one of them another layer or another name."
         )
 
 

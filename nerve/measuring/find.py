@@ -13,6 +13,7 @@ from nerve.measuring.experts import Experts, grouped
 from nerve.measuring.ffns import FFN, FFNAdapter, declared_widths
 from nerve.measuring.forward import call
 from nerve.measuring.found import FoundFFNs
+from nerve.measuring.given import require_model
 from nerve.measuring.link import Link
 from nerve.measuring.places import Place, Tree
 from nerve.measuring.slices import stacked
@@ -35,9 +36,11 @@ def find_ffns(
     FFN is a pair of projections (linear layers, with the adapters around them; Conv1D of
     transformers; 1 × 1 convolutions) where the input of the second is an elementwise nonlinear
     function of the output of the first, or, if gated, of the product of two projections or of the
-    two halves of one. This is determined from derivatives in one forward pass of a few sequences;
-    names only break ties. Unless `select` is given, only FFNs with as many outputs as inputs are
-    returned; if there is none, as in a two-layer classifier, this restriction does not apply.
+    two halves of one. This is determined from derivatives in a forward pass of a few sequences, and
+    in a second one with random features where the first does not show it, as for a dead FFN; names
+    only break ties. What may be an FFN but is unclear is numbered with the others. Unless `select`
+    is given, only FFNs with as many outputs as inputs are returned; if there is none, as in a
+    two-layer classifier, this restriction does not apply.
 
     Args:
         model: the model.
@@ -51,20 +54,24 @@ def find_ffns(
             mapping.
 
     Raises:
+        ConfigError: if `model` is not a module, or its weights have no sizes yet.
         MeasurementError: if no FFN is found, or none in one of `layers`.
         NotFiniteError: if features are NaN in every sample, as in a model that has diverged.
     """
+    require_model(model)
     paths: Mapping[nn.Module, str] = {module: path for path, module in model.named_modules()}
     own = [module for module in model.modules() if isinstance(module, FFN)]
     found: list[FFN]
     unclear: list[str] = []
+    account = ""
     if own:
         found = [m for m in own if select is None or fnmatch.fnmatch(paths[m], select)]
     else:
         seen = look_at(model, batch, forward or call)
         found, paths, unclear = _described(model, seen, select)
+        account = "" if select else _account(paths, seen)
     if not found:
-        raise _none_found(model, batch, select, paths, unclear)
+        raise _none_found(model, batch, select, paths, unclear, account)
     _check_layers(found, layers)
     found = [ffn for ffn in found if layers is None or ffn.layer in layers]
     return FoundFFNs(sorted(found, key=lambda ffn: ffn.layer), paths, unclear)
@@ -80,13 +87,22 @@ def _described(
     if dependence.not_finite:
         raise _not_finite(tree.paths[next(iter(dependence.not_finite))])
     links = grouped(tree, seen, dependence.links.values())
-    sure = [
-        each for each in links if _one(each).kind != "unclear" and _is_chosen(tree, each, select)
-    ]
+    chosen = [each for each in links if _is_chosen(tree, each, select)]
+    sure = [each for each in chosen if _one(each).kind != "unclear"]
     through = [each for each in sure if _returns(_one(each))]
     sure = sure if select is not None or not through else through
+    taken = {module for each in sure for module in each.modules}
+    maybe = [each for each in chosen if _may_be(_one(each)) and _one(each).post not in taken]
+    numbered = [each for each in chosen if each in sure or each in maybe]
+    is_sure = [each in sure for each in numbered]
+    names = ["experts" if isinstance(each, Experts) else None for each in numbered]
+    places = tree.places([each.modules for each in numbered], names, is_sure)
     found: list[FFN] = []
-    for each, place in zip(sure, _places(tree, sure), strict=True):
+    unclear: list[str] = []
+    for each, place in zip(numbered, places, strict=True):
+        if each in maybe:
+            unclear.append(_by_hand(tree, each, place))
+            continue
         if isinstance(each, Experts):
             found += each.ffns(place)
             continue
@@ -94,15 +110,6 @@ def _described(
         n_runs = 1 if dependence.n_links[each.key] == 1 else None
         gated = each.kind == "gated"
         found.append(FFNAdapter(place.layer, place.name, pre, each.post, n_runs, gated))
-    taken = {module for each in sure for module in each.modules}
-    unclear = [
-        _by_hand(tree, each, place)
-        for each, place in zip(links, _places(tree, links), strict=True)
-        if _one(each).kind == "unclear"
-        and _one(each).post not in taken
-        and _returns(_one(each))
-        and _widens(_one(each))
-    ]
     if select is None:
         unclear += _unseen(tree, seen, taken)
         unclear += _hidden(tree, [each for each in dependence.hidden if each not in taken])
@@ -111,11 +118,6 @@ def _described(
 
 def _one(each: Link | Experts) -> Link:
     return each.links[0] if isinstance(each, Experts) else each
-
-
-def _places(tree: Tree, links: Sequence[Link | Experts]) -> list[Place]:
-    names = ["experts" if isinstance(each, Experts) else None for each in links]
-    return tree.places([each.modules for each in links], names)
 
 
 def _unseen(tree: Tree, seen: Seen, taken: Collection[nn.Module]) -> list[str]:
@@ -163,9 +165,10 @@ def _returns(link: Link) -> bool:
     return pre is not None and post is not None and pre.d_in == post.d_out
 
 
-def _widens(link: Link) -> bool:
+def _may_be(link: Link) -> bool:
+    """Whether an unclear candidate has the shape of an FFN."""
     post = declared_widths(link.post)
-    return post is not None and post.d_in > post.d_out
+    return link.kind == "unclear" and _returns(link) and post is not None and post.d_in > post.d_out
 
 
 def _by_hand(tree: Tree, each: Link | Experts, place: Place) -> str:
@@ -176,12 +179,36 @@ def _by_hand(tree: Tree, each: Link | Experts, place: Place) -> str:
     return f'nerve.FFNAdapter({place.layer}, "{place.name}", {pre}, {post})  # {link.why}'
 
 
+def _account(paths: Mapping[nn.Module, str], seen: Seen) -> str:
+    """Which projections ran, and between which of them no nonlinearity was seen."""
+    dependence = seen.dependence
+    if not dependence.ran:
+        return f"None of its {len(dependence.projections)} projections ran."
+    linear = [
+        f"between {' or '.join(_told(paths, each) for each in modules)} and {_told(paths, post)}"
+        for post, modules in dependence.linear.items()
+    ]
+    ran = _listed([_told(paths, each) for each in dependence.ran])
+    none = f" No nonlinearity was seen {_listed(linear)}." if linear else ""
+    return f"{len(dependence.ran)} projections ran: {ran}.{none}"
+
+
+def _told(paths: Mapping[nn.Module, str], module: nn.Module) -> str:
+    return f"model.{paths[module]}" if paths[module] else "the model"
+
+
+def _listed(texts: Sequence[str]) -> str:
+    more = f", and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+    return ", ".join(texts[:_SHOWN]) + more
+
+
 def _none_found(
     model: nn.Module,
     batch: Any,
     select: str | None,
     paths: Mapping[nn.Module, str],
     unclear: Sequence[str],
+    account: str,
 ) -> MeasurementError:
     if select is not None and not any(fnmatch.fnmatch(path, select) for path in paths.values()):
         some = ", ".join(_some(paths.values(), select)) or "none"
@@ -195,7 +222,7 @@ def _none_found(
         fix = "Give a batch, nerve.find_ffns(model, batch), or describe"
     elif _is_one_sample(batch):
         fix = "A single sample shows none: put a batch with more first, or describe"
-    maybe = ("Perhaps: " + "; ".join(unclear[:4])) if unclear else ""
+    maybe = ("Perhaps: " + "; ".join(unclear[:4])) if unclear else account
     return MeasurementError(
         "A model to measure needs FFNs: two projections with a nonlinearity in between. No FFN"
         f"{chosen} was found in a forward pass of {type(model).__name__}. {fix} each with "

@@ -1,6 +1,7 @@
 """Runs a model that is being measured."""
 
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -18,6 +19,8 @@ def evaluating(model: nn.Module, taker: Taker | None = None) -> Iterator[None]:
     """Puts the model in eval mode, without gradients, uncompiled, with plain tensors, outside of
     inference mode (which would keep autograd from recording dependence); restores it afterwards.
 
+    Backward hooks of the user do not see the derivatives that a measurement takes.
+
     Two of these settings belong to the whole process: until the last thread has left this context,
     no thread runs compiled code or the fast path of nn.TransformerEncoder.
 
@@ -31,8 +34,16 @@ def evaluating(model: nn.Module, taker: Taker | None = None) -> Iterator[None]:
     trained = [
         each for each in model.parameters() if each.requires_grad and not each.is_inference()
     ]
+    hooks = [
+        (module, name, vars(module)[name])
+        for module in modes
+        for name in ("_backward_hooks", "_backward_pre_hooks")
+        if vars(module).get(name)
+    ]
     model.eval()
     try:
+        for module, name, _ in hooks:
+            vars(module)[name] = OrderedDict()
         for parameter in trained:
             parameter.requires_grad_(False)
         eager = _eager() if "torch._dynamo" in sys.modules else nullcontext()
@@ -42,6 +53,8 @@ def evaluating(model: nn.Module, taker: Taker | None = None) -> Iterator[None]:
         # First what cannot fail: within torch.func, setting flags of parameters fails.
         for module, training in modes.items():
             module.training = training
+        for module, name, own in hooks:
+            vars(module)[name] = own
         for parameter in trained:
             parameter.requires_grad_()
 

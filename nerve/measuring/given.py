@@ -5,6 +5,7 @@ from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from nerve.config import require, require_count
 from nerve.measuring.ffns import FFN
@@ -19,8 +20,15 @@ _FUNCTIONS = {
 
 
 def require_model(model: object) -> None:
-    """Raises `ConfigError` unless `model` is a torch module."""
+    """Raises `ConfigError` unless `model` is a torch module whose weights have sizes."""
     require(isinstance(model, nn.Module), f"model must be a torch module; got {told(model)}.")
+    assert isinstance(model, nn.Module)
+    lazy = next((name for name, each in model.named_parameters() if is_lazy(each)), None)
+    require(
+        lazy is None,
+        f"The weights of a model must have sizes; {lazy} is that of a lazy module that has not run "
+        "yet. Run the model on one batch first: model(batch).",
+    )
 
 
 def require_mapping(key: str, value: object) -> None:

@@ -3,9 +3,9 @@
 It follows from the derivatives of one projection's input with respect to the outputs of others.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,20 @@ class Link:
         return (self.pre.module, part.start, part.stop, part.step, self.post)
 
 
+class Finding(NamedTuple):
+    """What the derivatives of one input have shown.
+
+    Attributes:
+        link: None if the input is not the output of a nonlinearity.
+        doubted: projections from which the input is computed, if these samples do not show how: it
+            does not change with the output of one of them, as that of a dead FFN, or changes
+            linearly.
+    """
+
+    link: Link | None = None
+    doubted: Sequence[nn.Module] = ()
+
+
 @dataclass
 class Leaf:
     """The output of a projection as an autograd leaf."""
@@ -72,9 +86,8 @@ class Leaf:
 
 def link_of(
     post: nn.Module, h: Tensor, leaves: list[Leaf], is_gate: Callable[[nn.Module], bool]
-) -> Link | None:
-    """How the input of a projection depends on the outputs of others; None if it is not the output
-    of a nonlinearity.
+) -> Finding:
+    """How the input of a projection depends on the outputs of others.
 
     Args:
         post: the projection.
@@ -82,34 +95,50 @@ def link_of(
         leaves: the outputs of the projections that have run.
         is_gate: whether a projection's name says so.
     """
-    chosen = _chosen(h.detach())
+    width = h.shape[1]
+    live = h.detach().isfinite().all(1) & (h.detach() != 0).any(1)
+    chosen = _chosen(h.detach(), live if bool(live.any()) else torch.ones_like(live))
     given = _gradients(h[chosen].sum(), leaves)
-    reaching = [
+    connected = [
         (leaf, gradient != 0)
         for leaf, gradient in zip(leaves, given, strict=True)
-        if gradient is not None and bool((gradient != 0).any())
+        if gradient is not None
     ]
+    reaching = [(leaf, hit) for leaf, hit in connected if bool(hit.any())]
     sources = [leaf for leaf, _ in reaching]
-    if not sources or any(len(leaf.rows) != len(h) for leaf in sources):
-        return None
+    fitting = [
+        leaf
+        for leaf, _ in connected
+        if len(leaf.rows) == len(h) and leaf.rows.shape[1] in (width, 2 * width)
+    ]
+    finite = h.detach().isfinite().all(1)
+    for leaf in sources:
+        if len(leaf.rows) != len(h):
+            return Finding()
+        finite &= leaf.rows.detach().isfinite().all(1)
+    whole = [leaf.module for leaf in fitting]
+    if not sources or not bool((live & finite).any()):
+        return Finding(doubted=whole)
     reached = [rows_of(hit, leaf.module) for leaf, hit in reaching]
-    width = h.shape[1]
+    doubted = whole if any(leaf not in sources for leaf in fitting) else []
     if len(sources) > 2:
-        return _several(post, h, sources, reached, chosen)
+        return Finding(_several(post, h, sources, reached, chosen), doubted)
     if len(sources) == 1 and sources[0].rows.shape[1] == 2 * width:
-        return _fused(post, h, sources[0], reached[0], chosen, is_gate)
+        fused = _fused(post, h, finite, sources[0], reached[0], chosen, is_gate)
+        return Finding(fused, whole if fused is None else doubted)
     if any(leaf.rows.shape[1] != width for leaf in sources):
-        return None
+        return Finding(doubted=doubted)
     if not all(_only_at(hit, chosen, [0]) for hit in reached):
-        return _mixed(post, sources, reached, chosen)
+        return Finding(_mixed(post, sources, reached, chosen), doubted)
     sites = [Site(leaf.module, "output") for leaf in sources]
     slopes = _gradients(h.sum(), sources)
-    d = [rows_of(slope, leaf.module) for slope, leaf in zip(slopes, sources, strict=True)]
-    x = [leaf.rows.detach() for leaf in sources]
+    d = [rows_of(slope, leaf.module)[finite] for slope, leaf in zip(slopes, sources, strict=True)]
+    x = [leaf.rows.detach()[finite] for leaf in sources]
     if len(sources) == 1:
-        varies = not torch.allclose(d[0], d[0][:1].expand_as(d[0]), rtol=1e-6, atol=0)
-        return Link(sites[0], post, None, "plain") if varies else None
-    return _gated(post, h, sources, sites, x, d, is_gate)
+        if torch.allclose(d[0], d[0][:1].expand_as(d[0]), rtol=1e-6, atol=0):
+            return Finding(doubted=whole)
+        return Finding(Link(sites[0], post, None, "plain"), doubted)
+    return Finding(_gated(post, h, finite, sources, sites, x, d, is_gate), doubted)
 
 
 def _several(
@@ -131,6 +160,7 @@ def _several(
 def _fused(
     post: nn.Module,
     h: Tensor,
+    finite: Tensor,
     source: Leaf,
     reached: Tensor,
     chosen: Any,
@@ -146,16 +176,17 @@ def _fused(
         if not _only_at(reached, (chosen[0], chosen[1] * stride), offsets):
             continue
         (slope,) = _gradients(h.sum(), [source])
-        slopes, values = rows_of(slope, source.module), source.rows.detach()
+        slopes, values = rows_of(slope, source.module)[finite], source.rows.detach()[finite]
         sites = [Site(source.module, "output", part) for part in parts]
         x, d = [values[:, part] for part in parts], [slopes[:, part] for part in parts]
-        return _gated(post, h, [source, source], sites, x, d, is_gate)
+        return _gated(post, h, finite, [source, source], sites, x, d, is_gate)
     return None
 
 
 def _gated(
     post: nn.Module,
     features: Tensor,
+    finite: Tensor,
     sources: list[Leaf],
     sites: list[Site],
     x: list[Tensor],
@@ -166,12 +197,13 @@ def _gated(
 
     Euler: what is linear (and homogeneous) in x equals x dh/dx. If that holds for both factors
     (ReLU is homogeneous, too), h / (x0 x1) depends only on the sign of the gate. If it holds
-    for neither, as in `(x1 + 1) act(x0)`, the gate is the factor along which h curves.
+    for neither, as in `(x1 + 1) act(x0)`, the gate is the factor along which h curves. Only finite
+    samples count; `x` and `d` have no others.
     """
-    h = features.detach()
+    h = features.detach()[finite]
     off = [float((x[i] * d[i] - h).abs().sum() / h.abs().sum()) for i in (0, 1)]
     if not min(off) <= (1e-3 if h.dtype.itemsize > 2 else 5e-2):
-        curves = [_curves(features, sources[i], sites[i].part) for i in (0, 1)]
+        curves = [_curves(features, finite, sources[i], sites[i].part) for i in (0, 1)]
         if curves[0] != curves[1]:
             gate = curves.index(True)
             return Link(sites[gate], post, sites[1 - gate], "gated")
@@ -191,14 +223,16 @@ def _gated(
     return Link(sites[gate], post, sites[1 - gate], "gated")
 
 
-def _curves(h: Tensor, leaf: Leaf, part: slice) -> bool:
-    """Whether the slope of h along a part of a leaf depends on that part."""
+def _curves(h: Tensor, finite: Tensor, leaf: Leaf, part: slice) -> bool:
+    """Whether the slope of h along a part of a leaf depends on that part, in finite samples."""
     (slope,) = torch.autograd.grad(h.sum(), leaf.tensor, create_graph=True)
     if slope.grad_fn is None:
         return False
-    rows = rows_of(slope, leaf.module)[:, part]
+    rows = rows_of(slope, leaf.module)[finite][:, part]
     (second,) = torch.autograd.grad(rows.sum(), leaf.tensor, retain_graph=True, allow_unused=True)
-    return second is not None and bool((rows_of(second, leaf.module)[:, part] != 0).any())
+    if second is None:
+        return False
+    return bool((rows_of(second, leaf.module)[finite][:, part] != 0).any())
 
 
 def _mixed(post: nn.Module, sources: list[Leaf], reached: list[Tensor], chosen: Any) -> Link | None:
@@ -217,18 +251,23 @@ def rows_of(tensor: Tensor, module: nn.Module) -> Tensor:
     return rows_along(tensor, -1 if widths is None else widths.axis)
 
 
-def _chosen(h: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of some large elements, each from a different row, spread over all of
+def _chosen(h: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of some large elements, each from a different live row, spread over all of
     them."""
-    rows = torch.linspace(0, len(h) - 1, min(N_ELEMENTS, len(h))).long().unique().to(h.device)
+    rows = live.nonzero()[:, 0]
+    some = torch.linspace(0, len(rows) - 1, min(N_ELEMENTS, len(rows))).long().unique()
+    rows = rows[some.to(h.device)]
     generator = torch.Generator().manual_seed(0)
     weight = torch.rand(len(rows), h.shape[1], generator=generator).to(h.device)
     return rows, (h[rows].float().abs() * (weight + 0.05)).argmax(1)
 
 
-def _gradients(of: Tensor, leaves: list[Leaf]) -> tuple[Any, ...]:
+def _gradients(of: Tensor, leaves: list[Leaf]) -> list[Any]:
+    """The derivatives along the leaves; None where there is no graph. In samples that are NaN they
+    are 0."""
     tensors = [leaf.tensor for leaf in leaves]
-    return torch.autograd.grad(of, tensors, retain_graph=True, allow_unused=True)
+    given = torch.autograd.grad(of, tensors, retain_graph=True, allow_unused=True)
+    return [None if each is None else each.masked_fill(each.isnan(), 0) for each in given]
 
 
 def _only_at(reached: Tensor, chosen: tuple[Tensor, Tensor], offsets: list[int]) -> bool:

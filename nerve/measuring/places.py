@@ -60,15 +60,19 @@ class Tree:
         return ".".join(parts)
 
     def places(
-        self, ffns: Sequence[Sequence[nn.Module]], names: Sequence[str | None] | None = None
+        self,
+        ffns: Sequence[Sequence[nn.Module]],
+        names: Sequence[str | None],
+        is_sure: Sequence[bool],
     ) -> list[Place]:
         """The places of FFNs, in the order in which they run.
 
         Args:
             ffns: the modules of each.
             names: fixed names of some FFNs, whatever else their block contains.
+            is_sure: whether each is known to be an FFN; the others are numbered like these, but do
+                not change their names.
         """
-        names = [None] * len(ffns) if names is None else names
         holders = [self._holder(modules) for modules in ffns]
         bearing: dict[_Path, set[_Path]] = defaultdict(set)
         for holder in holders:
@@ -84,23 +88,22 @@ class Tree:
             key = (block, index if bare else -1)
             layers.append(numbers[stack].setdefault(key, len(numbers[stack])))
             keys.append((stack, key))
-        alone = Counter(keys)
-        places: list[Place] = []
-        taken: set[Place] = set()
-        for (stack, (block, _)), layer, holder, modules, given in zip(
-            keys, layers, holders, ffns, names, strict=True
-        ):
-            name = given or "ffn"
-            if given is None and alone[stack, (block, _)] > 1:
-                inside = holder[len(block) :] or _parts(self.paths[modules[0]])[len(block) :]
+        n_sure = Counter(key for key, sure in zip(keys, is_sure, strict=True) if sure)
+        n_all = Counter(keys)
+        places: dict[int, Place] = {}
+        for index in sorted(range(len(ffns)), key=lambda index: not is_sure[index]):
+            (stack, (block, _)), holder = keys[index], holders[index]
+            name = names[index] or "ffn"
+            beside = n_sure if is_sure[index] else n_all
+            if names[index] is None and beside[keys[index]] > 1:
+                inside = holder[len(block) :] or _parts(self.paths[ffns[index][0]])[len(block) :]
                 name = "_".join(inside)
-            place = Place(layer, f"{stack}_{name}" if stack else name)
-            n = 2
-            while place in taken:
-                place, n = Place(layer, f"{stack}_{name}_{n}" if stack else f"{name}_{n}"), n + 1
-            taken.add(place)
-            places.append(place)
-        return places
+            name = f"{stack}_{name}" if stack else name
+            place, n = Place(layers[index], name), 2
+            while place in places.values():
+                place, n = Place(layers[index], f"{name}_{n}"), n + 1
+            places[index] = place
+        return [places[index] for index in range(len(ffns))]
 
     def _holder(self, modules: Sequence[nn.Module]) -> _Path:
         paths = [_parts(self.paths[module])[:-1] for module in modules]

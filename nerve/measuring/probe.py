@@ -278,7 +278,7 @@ class Probe:
         if index not in self._before:
             raise MeasurementError(
                 f"Post must be computed after pre; for {where} it is computed first. Check the "
-                "modules in its description."
+                "modules in its description, and whether the model still has them."
             )
         before = self._before.pop(index)
         if before.version != _version_of(before.pre, self.sites[index][0]):

@@ -111,7 +111,10 @@ def look_at(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], ob
     def is_gate(module: nn.Module) -> bool:
         return "gate" in (module.label if isinstance(module, Slice) else paths[module])
 
-    products = [Products(each) for each in model.modules() if any(stacked(each))]
+    convolutions = [each for each in paths if isinstance(each, nn.modules.conv._ConvNd)]
+    inside = {each for convolution in convolutions for each in convolution.modules()}
+    # The parametrized weight of a convolution, in a module inside it, is one matrix.
+    products = [Products(each) for each in paths if any(stacked(each)) and each not in inside]
     routing = Routing(model)
     seen = Dependence(
         projections_of(model), is_gate, products, lambda: routing.install(projections_of)
@@ -156,7 +159,7 @@ def _watch_few(seen: Dependence, run: Callable[[Any], object], batch: Any) -> No
         except Exception:
             seen.forget()
             continue
-        if seen.links:
+        if seen.links and not seen.not_finite:
             return
         seen.forget()
     try:

@@ -4,18 +4,23 @@ its trainer and module say about their data."""
 import logging
 from collections.abc import Callable, Collection
 from typing import Any
+from weakref import WeakSet
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler
 
 from nerve.config import require
+from nerve.errors import ConfigError, MeasurementError
 from nerve.measuring.choice import Choice, call_probed
 from nerve.measuring.distributed import gathered
-from nerve.measuring.ffns import sites_of
+from nerve.measuring.ffns import declared_widths, sites_of
+from nerve.measuring.find import find_ffns
 from nerve.measuring.forward import call, evaluating
+from nerve.measuring.found import FoundFFNs
 from nerve.measuring.masks import Masks
 from nerve.measuring.probe import Probe
 from nerve.measuring.slices import Slice
@@ -34,6 +39,52 @@ def require_validation(trainer: L.Trainer, source: str) -> None:
         f"validation loader, no validation_step, or limit_val_batches={trainer.limit_val_batches}. "
         "Pass validation batches to trainer.fit, or set source='train'.",
     )
+
+
+class FFNSearch:
+    """The search for the FFNs of a module, which comes before the module's own `setup` and
+    `configure_model`; those that these build would not be measured.
+
+    Args:
+        module: the module that is trained.
+        layers: the layers to measure; None for all.
+
+    Raises:
+        ConfigError: if the module has no FFN yet, and may build some later.
+        MeasurementError: if it has none.
+    """
+
+    def __init__(self, module: L.LightningModule, layers: Collection[int] | None) -> None:
+        self._known = WeakSet(module.modules())
+        try:
+            self.found: FoundFFNs = find_ffns(module, layers=layers)
+        except MeasurementError as error:
+            if not any(is_overridden(name, module) for name in ("setup", "configure_model")):
+                raise
+            raise ConfigError(f"{_EARLY} Build the model in __init__. {error}") from error
+        self.found.warn()
+
+    def require_complete(self, module: L.LightningModule) -> None:
+        """Raises `ConfigError` if there are further FFNs by now."""
+        late = {
+            each: path
+            for path, each in module.named_modules()
+            if declared_widths(each) is not None
+            and self._known.isdisjoint(each.modules())  # a wrapper of FSDP has known ones
+        }
+        if len(late) < 2:  # such as a head
+            return
+        ends = [sites_of(ffn)[1].module for ffn in find_ffns(module)]
+        further = [late[each] for each in ends if each in late]
+        require(
+            not further,
+            f"{_EARLY} By now there are also those that end with {', '.join(further[:4])}. Build "
+            "the model in __init__; or pass ffns=nerve.find_ffns(module), made before the fit, to "
+            "measure only those that exist then.",
+        )
+
+
+_EARLY = "FFNs are found before setup and configure_model of a LightningModule run."
 
 
 def require_batches(trainer: L.Trainer, source: str) -> None:

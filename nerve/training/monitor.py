@@ -12,7 +12,6 @@ from torch import Tensor
 from nerve.config import from_mapping
 from nerve.measuring.distributed import leave
 from nerve.measuring.ffns import FFN
-from nerve.measuring.find import find_ffns
 from nerve.measuring.given import check_given
 from nerve.measuring.masks import Masks
 from nerve.recording.cadence import step_loss
@@ -21,6 +20,7 @@ from nerve.recording.settings import MonitorSettings
 from nerve.storage.store import RunStore
 from nerve.training.callbacks import let_go
 from nerve.training.fit import (
+    FFNSearch,
     awaited_values,
     choice_of,
     require_batches,
@@ -95,6 +95,7 @@ class SpectralMonitor(L.Callback):
         check_given(ffns=ffns, mask=mask, exclude=exclude, layers=self.settings.layers)
         self._ffns = ffns
         self._counted = mask, exclude, only_labeled
+        self._search: FFNSearch | None = None
         self._features: StepFeatures | None = None
         self._updates = WeightUpdates()
         self._recorder = Recorder(self.settings, store)
@@ -130,8 +131,8 @@ class SpectralMonitor(L.Callback):
             self._updates.n = 0
         ffns = self._ffns
         if ffns is None:
-            ffns = found = find_ffns(pl_module, layers=self.settings.layers)
-            found.warn()
+            self._search = FFNSearch(pl_module, self.settings.layers)
+            ffns = self._search.found
         self._recorder.open(
             ffns,
             trainer.strategy.root_device,
@@ -150,6 +151,11 @@ class SpectralMonitor(L.Callback):
         trainer._val_check_time_interval = None  # type: ignore[attr-defined] # of val_check_interval
         # The sanity validation before training serves as that of step 0.
         trainer.num_sanity_val_steps = math.inf if begins and self.settings.begins_at_zero else 0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._search is not None:
+            self._search.require_complete(pl_module)
+            self._search = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         require_batches(trainer, self.settings.source)

@@ -1,6 +1,8 @@
 """Factors that distinguish runs, those that follow others, and those that are constant."""
 
+import numpy as np
 import pandas as pd
+import pytest
 
 from nerve.analysis.compare import average_seeds, final_metrics, metrics_at_loss
 from nerve.analysis.correlate import correlate_within_runs
@@ -199,3 +201,36 @@ def test_taken_names_are_exactly_the_columns_of_results_with_factors(tables):
     columns = {name for result in results for name in result.columns}
     assert columns - TAKEN <= RECORDED
     assert TAKEN - columns == {"clock", "points"}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_factors_of_random_runs_are_those_of_the_definition(seed):
+    """Written down level by level, for keys of numbers and of names that may be missing."""
+    random = np.random.default_rng(seed)
+    columns = {f"x.{i}": random.integers(random.integers(2, 5), size=12) for i in range(4)}
+    columns |= {f"x.n{i}": random.choice(["a", "b", None], 12) for i in range(2)}
+    columns["x.of"] = columns["x.0"] // 2
+    designs = random.integers(8, size=12).astype(str)
+    runs = pd.DataFrame({**columns, "design_id": designs}).astype({"x.n0": "str"})
+    texts = {name: levels_of(runs[name]).tolist() for name in columns}
+
+    def follows(name: str, other: str) -> bool:
+        own, its = texts[name], texts[other]
+        by_level = {t: {a for a, b in zip(own, its, strict=True) if b == t} for t in its}
+        back = {t: {b for a, b in zip(own, its, strict=True) if a == t} for t in own}
+        if all(len(each) == 1 for each in by_level.values()):
+            n = [len({d for d, b in zip(designs, its, strict=True) if b == t}) for t in by_level]
+            is_name = other.startswith("x.n")
+            if all(len(each) == 1 for each in back.values()):
+                return True
+            if (max if is_name else min)(n) > 1:
+                return True
+        has = [(a, b) for a, b in zip(own, its, strict=True) if a != "not set"]
+        sizes = {len(set(has)), len({a for a, _ in has}), len({b for _, b in has})}
+        return len(sizes) == 1 and len(set(has)) > 1
+
+    varying: list[str] = []
+    for name in (each for each in columns if len(set(texts[each])) > 1):
+        if not any(follows(name, other) for other in varying):
+            varying.append(name)
+    assert find_factors(runs).varying == tuple(varying)

@@ -602,6 +602,54 @@ def test_a_pass_that_raised_is_not_partly_counted(tmp_path, tries_again):
         loop()
 
 
+@pytest.mark.parametrize("how", ["LBFGS", "forgets step"])
+def test_features_of_different_weights_are_not_pooled(tmp_path, how):
+    """As with an optimizer that runs the model several times, or a loop that calls step rarely."""
+    model, batches = network(), pairs(3)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = mean_loss(model, batches[0])["loss"]
+        loss.backward()
+        return loss
+
+    if how == "LBFGS":
+        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loop() -> None:
+        with nerve.watch(model, tmp_path, ffns=ffns(model)) as run:
+            for _ in batches:
+                optimizer.step(closure)
+            run.step()
+
+    with pytest.raises(
+        MeasurementError, match=r"between two passes of step 0\. Call step after each"
+    ):
+        loop()
+
+
+@pytest.mark.parametrize("source", ["train", "heldout"])
+def test_backward_hooks_see_the_derivatives_of_the_loop_only(tmp_path, source):
+    """A measurement takes others, to find FFNs and to check what follows pre."""
+    model, calls = network(), []
+    for module in model.modules():
+        module.register_full_backward_hook(lambda *given: calls.append("backward"))
+        module.register_full_backward_pre_hook(lambda *given: calls.append("before"))
+    inputs = pairs(1)[0][0].requires_grad_()
+    mean_loss(model, (inputs, inputs.detach()))["loss"].backward()
+    of_one_step = calls.copy()
+    calls.clear()
+    heldout = None if source == "train" else [inputs.detach()]
+    with nerve.watch(model, tmp_path, every_n_steps=1, heldout=heldout) as run:
+        mean_loss(model, (inputs, inputs.detach()))["loss"].backward()
+        run.step()
+    nerve.measure(model, [inputs.detach()])
+    assert calls == of_one_step
+    assert {len(each._backward_hooks) for each in model.modules()} == {1}
+
+
 def in_sequences(seed: int = 0) -> Tensor:
     """`[sequence, position, width]`: shortened copies of such batches show which tokens the FFNs
     have."""
@@ -830,6 +878,34 @@ def test_invalid_arguments_are_refused_before_a_run_begins(tmp_path, given, word
     with pytest.raises(ConfigError, match=words), nerve.watch(network(), tmp_path / "run", **given):
         pass
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_watch_is_entered_once(tmp_path, inside):
+    """A second time neither begins another run nor disturbs the first."""
+    model = network()
+    once = nerve.watch(model, tmp_path, every_n_steps=1)
+    with once as run:
+        if inside:
+            with pytest.raises(
+                ConfigError, match=r"entered a second time\. Call nerve\.watch again"
+            ):
+                once.__enter__()
+        model(pairs(1)[0][0]).sum().backward()
+        run.step(0.5)
+    if not inside:
+        with pytest.raises(ConfigError, match="entered a second time"), once:
+            pass
+    assert nerve.RunRecord.load(tmp_path).run_status == "done"
+    assert sorted(set(nerve.load_metrics(tmp_path)["step"])) == [0]
+
+
+def test_a_watch_without_a_with_block_raises(tmp_path):
+    run = nerve.watch(network(), tmp_path)
+    with pytest.raises(ConfigError, match=r"step was used without one\. Write: with nerve\.watch"):
+        run.step(0.5)
+    assert not hasattr(run, "anything_else")
+    assert not any(tmp_path.iterdir())
 
 
 def test_without_targets_steps_have_equal_weight_and_targets_require_a_loss(tmp_path):

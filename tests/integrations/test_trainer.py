@@ -609,6 +609,31 @@ def test_a_language_model_is_measured_as_it_is_trained(tmp_path, how):
     ]  # as it counts labels
 
 
+@pytest.mark.parametrize("form", ["mapping", "tuple"])
+def test_a_model_without_a_loss_of_its_own_is_measured(tmp_path, form):
+    """Like a classifier whose labels compute_loss weights, or with label smoothing."""
+
+    class Losses(InOrder):
+        def compute_loss(self, model, inputs, return_outputs=False, **others):
+            output = model(inputs["x"])
+            logits = output["logits"] if form == "mapping" else output[0]
+            loss = (logits - inputs["labels"]).square().mean()
+            return (loss, output) if return_outputs else loss
+
+    class Logits(Net):
+        def forward(self, x: Tensor) -> dict[str, Tensor] | tuple[Tensor]:
+            logits = super().forward(x, x)["logits"]
+            return {"logits": logits} if form == "mapping" else (logits,)
+
+    callback = nerve.SpectralCallback(tmp_path / "run", every_n_steps=3)
+    data = samples(N_STEPS * BATCH)
+    given = arguments(tmp_path, remove_unused_columns=False)
+    Losses(Logits(), given, train_dataset=data, callbacks=[callback]).train()
+    rows = nerve.load_metrics(tmp_path / "run")
+    assert sorted(set(rows["step"])) == [0, 3, 6]
+    assert rows["train_loss"].isna().all()
+
+
 def test_invalid_arguments_are_refused_before_training(tmp_path):
     with pytest.raises(ConfigError, match="source must be one of heldout, train"):
         nerve.SpectralCallback(tmp_path, source="eval")

@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import nerve
-from nerve.errors import MeasurementError, NotFiniteError
+from nerve.errors import ConfigError, MeasurementError, NotFiniteError
 from nerve.measuring.find import find_ffns
 from nerve.nn.ffn import FeedForward
 
@@ -284,6 +284,61 @@ class Declaring(Plain):
         self.in_features = self.out_features = D
 
 
+def test_an_unclear_ffn_is_numbered_with_the_others():
+    """Its line can be used as it is, and leaves the layers of the others as they are."""
+    plain = [Plain(nn.Linear(D, FF), nn.Linear(FF, D)) for _ in range(2)]
+    model = nn.Sequential(NormedWithin(), plain[0], NormedWithin(), plain[1]).double()
+    x = torch.randn(3, 30, D, dtype=torch.float64)
+    found = find_ffns(model, x)
+    assert places(found) == [(1, "ffn"), (3, "ffn")]
+    lines = [
+        line.replace("model.0.", "model[0].").replace("model.2.", "model[2].")
+        for line in found.unclear
+    ]
+    by_hand = [eval(line, {"nerve": nerve, "model": model}) for line in lines]
+    assert places(by_hand) == [(0, "ffn"), (2, "ffn")]
+    rows = nerve.measure(model, [x], ffns=[*found, *by_hand])
+    assert sorted(rows["layer"]) == [0, 1, 2, 3]
+
+
+class Both(nn.Module):
+    """A block with an FFN named `mlp` and one named `ffn` that is unclear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn, self.mlp = NormedWithin(), Plain(nn.Linear(D, FF), nn.Linear(FF, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(x + self.ffn(x))
+
+
+def test_an_unclear_ffn_does_not_change_the_names_of_others():
+    found = find_ffns(nn.Sequential(Both(), Both()), torch.randn(3, 30, D))
+    assert places(found) == [(0, "ffn"), (1, "ffn")]
+    assert [line.partition(", model")[0] for line in found.unclear] == [
+        'nerve.FFNAdapter(0, "ffn_2"',
+        'nerve.FFNAdapter(1, "ffn_2"',
+    ]
+
+
+def test_select_applies_to_unclear_ffns():
+    model = nn.Sequential(NormedWithin(), Plain(nn.Linear(D, FF), nn.Linear(FF, D)))
+    found = find_ffns(model, torch.randn(3, 30, D), select="1")
+    assert (places(found), found.unclear) == ([(0, "ffn")], [])
+
+
+def test_a_model_without_ffns_raises_with_the_projections_that_ran():
+    model = nn.Sequential(nn.Linear(D, FF), nn.Linear(FF, D))
+    words = (
+        r"2 projections ran: model\.0, model\.1\. No nonlinearity was seen between model\.0 and "
+        r"model\.1\."
+    )
+    with pytest.raises(MeasurementError, match=words):
+        find_ffns(model, torch.randn(4, D))
+    with pytest.raises(MeasurementError, match="None of its 0 projections ran"):
+        find_ffns(nn.LayerNorm(D), torch.randn(4, D))
+
+
 def test_a_network_that_declares_its_width_is_not_a_projection():
     model = Declaring()
     (ffn,) = find_ffns(nn.Sequential(model, nn.Linear(D, D)), torch.randn(3, 30, D))
@@ -534,6 +589,34 @@ def test_weights_and_batches_without_values_raise():
         nerve.find_ffns(model.to("meta"))
 
 
+def test_a_parametrized_convolution_is_no_stack_of_experts():
+    """As in wav2vec 2.0."""
+    convolution = nn.utils.parametrizations.weight_norm(nn.Conv1d(D, D, 3, padding=1))
+
+    class Positions(Plain):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(D, FF), nn.Linear(FF, D))
+            self.positions = convolution
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + self.positions(x.mT).mT)
+
+    assert find_ffns(Positions(), torch.randn(3, 7, D)).unclear == []
+
+
+def test_lazy_modules_must_have_run(tmp_path):
+    model, x = nn.Sequential(nn.LazyLinear(12), nn.GELU(), nn.Linear(12, 4)), torch.randn(9, 4)
+    for look in (nerve.find_ffns, lambda model, x: nerve.measure(model, [x])):
+        with pytest.raises(
+            ConfigError, match=r"must have sizes; 0\.weight is that of a lazy module"
+        ):
+            look(model, x)
+    with pytest.raises(ConfigError, match="lazy"), nerve.watch(model, tmp_path):
+        pass
+    model(x)
+    assert len(nerve.find_ffns(model, x)) == 1
+
+
 @pytest.mark.parametrize("with_batch", [True, False])
 def test_a_model_that_has_diverged_shows_no_ffn_and_is_named_as_such(with_batch):
     """Instead of some of its FFNs; described by hand, all have rows that say so."""
@@ -562,3 +645,59 @@ def test_a_single_sample_raises_because_it_shows_no_ffn(batch):
 
     with pytest.raises(MeasurementError, match="A single sample shows none: put a batch with more"):
         nerve.find_ffns(model, batch, forward=forward)
+
+
+class Residual(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+def test_a_dead_ffn_is_found_and_its_rows_say_so():
+    """In its place: the layers of the others do not depend on it."""
+    model = nn.Sequential(*(Residual(nn.Linear(D, FF), nn.Linear(FF, D)) for _ in range(3)))
+    nn.init.constant_(model[0].up.bias, -1e3)
+    x = torch.randn(4, 20, D)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = find_ffns(model, x)
+    assert [(ffn.layer, ffn.pre) for ffn in found] == [(i, model[i].up) for i in range(3)]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    statuses = nerve.measure(model, [x], ffns=found)["status"].tolist()
+    assert statuses == ["zero_variance_post", "ok", "ok"]
+    assert len(find_ffns(nn.Sequential(model[0]), x)) == 1
+
+
+def test_an_ffn_in_the_linear_part_of_its_nonlinearity_is_found():
+    model = nn.Sequential(*(Plain(nn.Linear(D, FF), nn.Linear(FF, D)) for _ in range(2)))
+    nn.init.constant_(model[0].up.bias, 1e3)
+    assert [ffn.pre for ffn in find_ffns(model, torch.randn(4, 20, D))] == [b.up for b in model]
+
+
+@pytest.mark.parametrize("zero", ["one", "two"])
+def test_the_gate_is_found_if_one_of_the_factors_is_zero(zero):
+    """As it is initialized, or because it is dead; the other factor alone would look plain."""
+    model = Gated(functional.silu)
+    for parameter in getattr(model, zero).parameters():
+        nn.init.zeros_(parameter)
+    (ffn,) = find_ffns(model, torch.randn(4, 20, D))
+    assert (ffn.pre, ffn.gated) == (model.one, True)
+
+
+@pytest.mark.parametrize("n_without", [10, 20])
+def test_ffns_are_found_in_the_finite_samples(n_without):
+    """Though padding is NaN in the first two sequences, or nothing in them is finite."""
+    x = torch.randn(4, 20, D)
+    x[:2, -n_without:] = torch.nan
+    model = nn.Sequential(
+        Gated(functional.silu), Packed("halves"), Plain(nn.Linear(D, FF), nn.Linear(FF, D))
+    )
+    found = find_ffns(model, x)
+    assert [ffn.gated for ffn in found] == [True, True, False]
+    assert found[0].pre is model[0].one
+
+
+def test_samples_without_a_positive_feature_do_not_make_an_ffn_unclear():
+    model = Plain(nn.Linear(D, FF, bias=False), nn.Linear(FF, D))
+    x = torch.randn(4, 20, D)
+    x[:, ::2] = 0
+    found = find_ffns(model, x)
+    assert [ffn.pre for ffn in found] == [model.up]

@@ -224,6 +224,35 @@ def test_a_manual_fit_goes_on_from_its_checkpoint_with_its_own_count(tmp_path):
         assert rows["step"].tolist() == [0, 3, 6, 8]
 
 
+class BuildsLate(Module):
+    """Builds its model, or only something next to it, when Lightning asks for it."""
+
+    def __init__(self, before: nn.Module | None, late: nn.Module) -> None:
+        super().__init__()
+        self.model, self._late = before, [late]
+
+    def configure_model(self) -> None:
+        if self._late:
+            setattr(self, "model" if self.model is None else "late", self._late.pop())
+
+
+@pytest.mark.parametrize("before", [None, Net()])
+def test_ffns_that_are_built_after_the_search_are_not_left_out_silently(tmp_path, before):
+    message = "FFNs are found before setup and configure_model" + (
+        r".* also those that end with late\.down\. Build"
+        if before
+        else ".*Build the model in __init__"
+    )
+    with pytest.raises(ConfigError, match=message):
+        fit(tmp_path, BuildsLate(before, Net()))
+    assert not [*tmp_path.rglob("*.parquet")]
+
+
+def test_a_head_may_be_built_after_the_search(tmp_path):
+    fit(tmp_path, BuildsLate(Net(), nn.Linear(4, 3)))
+    assert set(nerve.load_metrics(tmp_path)["ffn"]) == {"ffn"}
+
+
 def test_of_several_validation_loaders_the_first_is_measured(tmp_path):
     one, other = Batches(pairs(2, seed=9)), Batches(pairs(3, seed=8))
     fit(tmp_path / "one", Module(), Batches(pairs()), one, every_n_steps=4)

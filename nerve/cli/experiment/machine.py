@@ -276,6 +276,7 @@ def _check_job(trainer: Mapping[str, Any], launcher: Mapping[str, Any]) -> None:
             f"{launcher[key]}.",
         )
     asked = launcher.get("additional_parameters") or {}
+    _check_options(asked)
     more = {name.replace("_", "-") for name, value in asked.items() if value}
     if trainer["accelerator"] == "cpu" or launcher.get("gres") or more & _GPUS_OF_SBATCH:
         return
@@ -288,3 +289,14 @@ def _check_job(trainer: Mapping[str, Any], launcher: Mapping[str, Any]) -> None:
         f"hydra.launcher.gpus_per_node={n_devices}, "
         f"got {launcher.get('gpus_per_node')}.",
     )
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Refuses options of sbatch whose values submitit would turn into text, such as False."""
+    for name, value in options.items():
+        key = f"hydra.launcher.additional_parameters.{name}"
+        require(
+            value is True or (isinstance(value, str | int | float) and value is not False),
+            f"An option of sbatch has a text or a number, or is true if it takes no value; got "
+            f"{key}={value!r}. Write it as sbatch reads it, or leave it out with ~{key}.",
+        )

@@ -64,7 +64,7 @@ def test_a_job_on_cpus_needs_no_gpu():
         ({}, {}, "hydra.launcher.gpus_per_node=1, got None"),
         ({}, {"additional_parameters": {"mail-type": "END"}}, "gpus_per_node=1, got None"),
         ({}, {"additional_parameters": None}, "gpus_per_node=1, got None"),
-        ({}, {"additional_parameters": {"gres": None, "gpus": 0}}, "gpus_per_node=1, got None"),
+        ({}, {"additional_parameters": {"gres": "", "gpus": 0}}, "gpus_per_node=1, got None"),
         ({"devices": 2}, {"tasks_per_node": 2, "gpus_per_node": 1}, "gpus_per_node=2, got 1"),
     ],
 )
@@ -72,3 +72,15 @@ def test_a_job_that_requests_other_devices_than_it_uses_is_refused(trainer, laun
     with pytest.raises(ConfigError) as refused:
         check_devices(GPU | trainer, JOB | launcher)
     assert named in str(refused.value)
+
+
+@pytest.mark.parametrize("value", [False, None, ["gpu:1"], {"gpu": 1}])
+def test_options_that_sbatch_cannot_read_are_refused(value):
+    """submitit writes any value as text, so that requeue=false would become --requeue=False."""
+    job = JOB | {"additional_parameters": {"mail-type": "END", "requeue": value}}
+    words = r"got hydra\.launcher\.additional_parameters\.requeue=.*, or leave it out with ~hydra"
+    with pytest.raises(ConfigError, match=words):
+        check_devices(CPU | {"devices": 1}, job)
+    check_devices(
+        CPU | {"devices": 1}, JOB | {"additional_parameters": {"requeue": True, "nice": 3}}
+    )
