@@ -3,7 +3,7 @@
 They are forked from one process that has imported it once and that the first of them starts,
 because importing Lightning takes five seconds of a core. They prove the same about locks, signals,
 kills and collectives as processes started from scratch. Commands are started from scratch in
-test_install.py, by jobs of slurm/test_return.py and by the trials of sweeps.
+test_install.py, by the jobs of slurm/ and by the trials of sweeps.
 """
 
 import atexit
@@ -28,7 +28,7 @@ from typing import Any
 import pytest
 
 PRELOADED = ("nerve.cli.run", "nerve.cli.experiment.run", "nerve.cli.sweep.sweeper")
-DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 ENDS_WITHIN_S = 200.0
 """How long a process may take; then it is killed, and its log has the stacks of its threads."""
@@ -196,37 +196,27 @@ def _begin(
     environment: dict[str, str],
     within_s: float,
 ) -> None:
-    with open(log, "a") as file:
-        for descriptor in (1, 2):
-            os.dup2(file.fileno(), descriptor)
-    tell_stacks(within_s)
-    as_if_started(cwd, environment, dies_by=signal.SIGTERM)
-    try:
-        function(*arguments)
-    except Exception:  # multiprocessing prints what it knows of it, and this is more
-        traceback.print_exc()
-        sys.exit(1)
-
-
-def as_if_started(cwd: str, environment: Mapping[str, str], dies_by: int) -> None:
-    """Makes this process, which was forked, like one that was started in this directory with this
-    environment.
-
-    Args:
-        dies_by: the signal that it gets when its parent process ends.
-    """
     gc.freeze()  # what was imported; else each collection, such as accelerate asks for, takes .3 s
-    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, dies_by)
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGTERM)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
+    with open(log, "a") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    tell_stacks(within_s)
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     import torch
     from lightning.fabric.utilities.rank_zero import _get_rank, rank_zero_only
 
     torch.set_num_threads(1)
     rank_zero_only.rank = _get_rank() or 0  # as Lightning reads it, which it does when imported
+    try:
+        function(*arguments)
+    except Exception:  # multiprocessing prints what it knows of it, and this is more
+        traceback.print_exc()
+        sys.exit(1)
 
 
 def _nerve_run(arguments: list[str]) -> None:

@@ -6,7 +6,6 @@ is looked through for garbage less often, which takes another.
 """
 
 import gc
-import os
 import sys
 from importlib import metadata
 from typing import Any
@@ -41,10 +40,3 @@ def reveal() -> None:
     """Hides nothing any more, for what needs one of them in a process that was forked."""
     metadata.version = _version
     sys.meta_path.remove(Hidden)
-
-
-if "NERVE_TESTS_JOBS" in os.environ:
-    import slurm_job
-
-    if slurm_job.MAIN in sys.orig_argv:
-        slurm_job.stand_for_a_fork()

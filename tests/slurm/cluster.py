@@ -8,14 +8,11 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from string import Template
 from typing import TypeVar
 
 import pytest
-from processes import start
-from slurm.jobs import SERVES_FOR_S, serve
 
 TEMPLATES = Path(__file__).parent / "etc"
 NODES = ("n0", "n1", "n2")
@@ -28,8 +25,7 @@ Value = TypeVar("Value")
 
 
 class Cluster:
-    """Slurm with accounting, in a temporary directory, on free ports, and the process that jobs may
-    be forked from.
+    """Slurm with accounting, in a temporary directory, on free ports.
 
     Its daemons are children of this process, die with it, and are the only ones that are stopped.
     Clients and what they start need `environment`.
@@ -48,9 +44,7 @@ class Cluster:
             "SLURM_CONF": str(root / "slurm.conf"),
             "MYSQL_UNIX_PORT": str(root / "mariadb.socket"),  # where slurmdbd finds the database
         }
-        self.jobs = str(root / "jobs.socket")
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
-        self._forks: BaseProcess | None = None
 
     def start(self) -> None:
         self._configure()
@@ -64,16 +58,11 @@ class Cluster:
             self._daemon(node, "slurmd", "-D", "-N", node)
         states = ("sinfo", "--noheader", "--Node", "--format=%t")
         self.wait("nodes", lambda: set(self.call(*states).split()) == {"idle"})
-        log = self.root / "jobs.log"
-        self._forks = start(serve, self.jobs, cwd=self.root, log=log, within_s=SERVES_FOR_S)
 
     def stop(self) -> None:
         """Ends the jobs, then the daemons, then all remaining processes of this cluster."""
         if "slurmctld" in self._daemons:
             self._cancel_jobs()
-        if self._forks is not None:
-            self._forks.kill()
-            self._forks.join()
         for daemon in reversed(self._daemons.values()):
             daemon.terminate()
             try:

@@ -36,12 +36,12 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def new_sweep(
     cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[..., Sweep]]:
+) -> Iterator[Callable[[str], Sweep]]:
     """Creates a sweep in a separate folder."""
     sweeps: list[Sweep] = []
 
-    def make(name: str, *, is_forked: bool = True) -> Sweep:
-        sweeps.append(Sweep(cluster, tmp_path_factory.mktemp(name), is_forked=is_forked))
+    def make(name: str) -> Sweep:
+        sweeps.append(Sweep(cluster, tmp_path_factory.mktemp(name)))
         return sweeps[-1]
 
     yield make
@@ -50,7 +50,7 @@ def new_sweep(
 
 
 @pytest.fixture(scope="session")
-def local(new_sweep: Callable[..., Sweep]) -> Sweep:
+def local(new_sweep: Callable[[str], Sweep]) -> Sweep:
     """The same runs on this machine, one after another in one process, without Slurm."""
     sweep = new_sweep("local")
     sweep.send("hydra/sweeper=basic", "seed=0,1,2,3", where="")

@@ -5,7 +5,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pandas as pd
-from lean.slurm_job import SERVER
 from processes import ended, lean_path, nerve_run
 from support import TINY_RUN
 
@@ -35,16 +34,11 @@ class Start:
 
 
 class Sweep:
-    """`nerve-run` in a separate folder; brake.py holds its runs until `release`.
+    """`nerve-run` in a separate folder; brake.py holds its runs until `release`."""
 
-    Args:
-        is_forked: whether what a job runs is forked (lean/slurm_job.py) or started from scratch.
-    """
-
-    def __init__(self, cluster: Cluster, folder: Path, *, is_forked: bool) -> None:
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
         self.cluster = cluster
         self.folder = folder
-        self._forked = {SERVER: cluster.jobs} if is_forked else {}
         self._output = folder / "output.txt"
         self._braking = folder / "brake"
         self._braking.mkdir(parents=True)
@@ -76,11 +70,7 @@ class Sweep:
             ["-m", f"--config-dir={SITE}", *launcher, *TINY, *overrides],
             cwd=self.folder,
             log=self._output,
-            environment={
-                **self.cluster.environment,
-                **self._forked,
-                "PYTHONPATH": lean_path(SITE),
-            },
+            environment={**self.cluster.environment, "PYTHONPATH": lean_path(SITE)},
             within_s=600,
         )
 

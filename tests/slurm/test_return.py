@@ -14,9 +14,8 @@ WARNED_S = 90
 
 @pytest.fixture(scope="module")
 def out_of_time(cluster, new_sweep, local):
-    """A run that times out twice but may do so once; meanwhile the others continue. Its jobs are
-    those that are started from scratch."""
-    sweep = new_sweep("time", is_forked=False)
+    """A run that times out twice but may do so once; meanwhile the others continue."""
+    sweep = new_sweep("time")
     where = "hydra.launcher.partition=apart"
     warning = f"hydra.launcher.signal_delay_s={WARNED_S}"
     sweep.send("seed=0", sweep.brake(), where, warning, "hydra.launcher.max_num_timeout=1")
