@@ -99,7 +99,7 @@ def _only_hands_out(config: pytest.Config) -> bool:
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # else it is looked through while tests run and at their end, a tenth of all time
-    gc.set_threshold(100_000)  # what one test makes; at 700, the default, 6% of the time
+    gc.set_threshold(100_000)  # at 700, the default, tests take 2 to 6% more
     gc.enable()
 
 
