@@ -1,6 +1,6 @@
 """Decides whether the host or the GPU solves each eigenproblem, from the time that each takes."""
 
-import math
+import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,30 +21,10 @@ _ROOM = 1.5
 """Work pending on the host must be finishable within this many intervals between measurements: more
 than one, because the next measurement may find some pending, and fewer than would make training
 wait."""
-_MEASUREMENTS = 3.0
-"""Solving times are means over about this many of the latest measurements: one during which the
-machine was busy with something else moves nothing to the GPU, which would cost training more."""
-
-
-class _Rate:
-    """The time that a place takes per unit of work: a running mean, weighted by the work.
-
-    Args:
-        seconds: an estimate, which counts as much as the first solution.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self._weight = 0.0
-
-    def add(self, seconds: float, work: float, most: float) -> None:
-        """Counts a solution.
-
-        Args:
-            most: the work over which the mean is taken.
-        """
-        self._weight = min((self._weight or work) + work, max(most, work))
-        self.seconds += work / self._weight * (seconds / work - self.seconds)
+_MEASUREMENTS = 3
+"""Solving times are medians over as many of the latest solutions as these measurements have: while
+the machine is busy with something else for a moment, nothing moves to the GPU, where it would take
+time from training."""
 
 
 class Placement:
@@ -64,8 +44,8 @@ class Placement:
         self._n_threads = n_threads
         self._clock = clock
         self._lock = threading.Lock()
-        self._rates: dict[Place, _Rate] = {"host": _Rate(HOST_S), "device": _Rate(DEVICE_S)}
-        self._newest = math.inf
+        self._seconds: dict[Place, list[float]] = {"host": [HOST_S], "device": [DEVICE_S]}
+        self._n_newest = 1
         self._pending = 0.0
         self._last: float | None = None
 
@@ -79,7 +59,7 @@ class Placement:
         with self._lock:
             room = self._room(now)
             host_takes_all = self._n_threads and (
-                self._rates["device"].seconds > self._rates["host"].seconds / self._n_threads
+                self._typical("device") > self._typical("host") / self._n_threads
             )
             places: list[Place] = []
             for work in works:
@@ -87,7 +67,7 @@ class Placement:
                 places.append("host" if fits or host_takes_all else "device")
                 if places[-1] == "host":
                     self._pending += work
-            self._last, self._newest = now, sum(works)
+            self._last, self._n_newest = now, len(works)
         return places
 
     def solved(self, place: Place, work: float, seconds: float | None) -> None:
@@ -96,9 +76,14 @@ class Placement:
             if place == "host":
                 self._pending -= work
             if seconds is not None:
-                self._rates[place].add(seconds, work, _MEASUREMENTS * self._newest)
+                latest = [*self._seconds[place], seconds / work]
+                self._seconds[place] = latest[-_MEASUREMENTS * max(1, self._n_newest) :]
+
+    def _typical(self, place: Place) -> float:
+        """Seconds per unit of work."""
+        return statistics.median(self._seconds[place])
 
     def _room(self, now: float) -> float:
         """How much more work may be pending on the host."""
         seconds = FIRST_S if self._last is None else _ROOM * (now - self._last)
-        return seconds * self._n_threads / self._rates["host"].seconds
+        return seconds * self._n_threads / self._typical("host")

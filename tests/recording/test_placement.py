@@ -1,8 +1,12 @@
 """The host solves what it can between measurements; the GPU solves the rest."""
 
+import heapq
+import statistics
+
 import pytest
 
 from nerve.recording.placement import DEVICE_S, FIRST_S, HOST_S, Placement
+from nerve.recording.solver import MOST_PENDING
 
 WORK = 2 * 2048.0**3
 """Of one FFN: half a second or more of a core."""
@@ -59,30 +63,47 @@ def test_solving_times_are_measured(clock):
     assert placement.choose([WORK] * 12).count("host") == 4  # two for each thread
 
 
-def chosen_for_the_host(clock, slownesses):
-    """How many of 12 eigenproblems 15 threads get at measurements of which each leaves them one and
-    a half times as long as they need at their usual speed."""
-    placement = Placement(15, clock)
-    each = HOST_S * WORK
-    counts = []
-    for slowness in slownesses:
-        clock.now += 1.5 * each
-        counts.append(placement.choose([WORK] * 12).count("host"))
-        for _ in range(counts[-1]):
-            placement.solved("host", WORK, slowness * each)
-    return counts
+def simulated(clock, slowness, n_measurements=24):
+    """Measurements of 12 eigenproblems, each of which takes a thread half the time from one to the
+    next, times `slowness(time)`; 15 threads solve.
+
+    Returns:
+        how many of each the host gets, and how many measurements are pending then.
+    """
+    placement, each = Placement(15, clock), HOST_S * WORK
+    free, running, ends, found = [0.0] * 15, [], [], []
+    for index in range(n_measurements):
+        clock.now = 2 * each * index
+        for end, seconds in sorted(running):
+            if end <= clock.now:
+                placement.solved("host", WORK, seconds)
+        running = [pair for pair in running if pair[0] > clock.now]
+        own = []
+        for _ in range(placement.choose([WORK] * 12).count("host")):
+            begin = max(heapq.heappop(free), clock.now)
+            seconds = each * slowness(begin / each)
+            heapq.heappush(free, begin + seconds)
+            own.append((begin + seconds, seconds))
+        running += own
+        ends.append(max((end for end, _ in own), default=0.0))
+        found.append((len(own), sum(end > clock.now for end in ends)))
+    return found
 
 
-def test_one_slow_measurement_moves_nothing_to_the_gpu(clock):
-    """Something else kept the cores busy for a while."""
-    assert chosen_for_the_host(clock, (1, 1, 1, 5, 1, 1)) == [12] * 6
+@pytest.mark.parametrize(("spell", "slowness"), [(2, 4), (2, 8), (3, 6), (4, 6)])
+def test_while_something_else_keeps_the_cores_busy_nothing_moves_to_the_gpu(clock, spell, slowness):
+    """For a spell, in units of the time that one eigenproblem takes."""
+    found = simulated(clock, lambda time: slowness if 6.5 < time < 6.5 + spell else 1)
+    assert max(n_pending for _, n_pending in found) > 1  # the host did fall behind
+    assert all(n_host == 12 for n_host, _ in found)
 
 
-def test_cores_that_stay_slow_are_found_out(clock):
-    chosen = chosen_for_the_host(clock, [1, 1, 1] + [5] * 20)
-    assert chosen[:5] == [12] * 5
-    assert chosen[5:] == sorted(chosen[5:], reverse=True)
-    assert chosen[-1] == 6  # 1.5 · 1.5 · 15 / 5
+@pytest.mark.parametrize("slowness", [3, 5])
+def test_cores_that_stay_slow_are_found_out_before_training_waits(clock, slowness):
+    found = simulated(clock, lambda time: slowness if time > 6.5 else 1)
+    assert max(n_pending for _, n_pending in found) <= MOST_PENDING
+    # In the long run the host gets what it can solve.
+    assert statistics.mean(n_host for n_host, _ in found[-12:]) <= 2 * 15 / slowness + 1
 
 
 def test_a_gpu_that_is_slower_than_the_threads_solves_nothing(clock):
