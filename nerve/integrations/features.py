@@ -3,13 +3,14 @@
 import inspect
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from nerve.errors import MeasurementError
 from nerve.measuring.choice import Choice
@@ -48,7 +49,7 @@ class PassFeatures:
         self.n_seen = 0
         """Number of passes measured since then."""
         self._is_taking = False
-        self._weights: list[tuple[int, int]] = []
+        self._weights = WeakIdKeyDictionary()
         self._model = weakref.ref(model)
         self._handles = [
             model.register_forward_pre_hook(untraced(self._start), with_kwargs=True),
@@ -113,7 +114,8 @@ class PassFeatures:
 
     def _require_same_weights(self) -> None:
         """Raises `MeasurementError` if weights have changed since the last pass of this step."""
-        if self.n_seen and self._weights != self._versions():
+        known = self._weights if self.n_seen else {}
+        if any(version != known.get(each, version) for each, version in self._versions()):
             raise MeasurementError(
                 "The features of a step are those of one set of weights; weights have changed "
                 f"between two passes of step {self._recorder.due_step}. Call step after each step "
@@ -121,18 +123,20 @@ class PassFeatures:
                 "batches with heldout=."
             )
 
-    def _versions(self) -> list[tuple[int, int]]:
-        """What changes with the weights of the projections before the nonlinearities."""
+    def _versions(self) -> Iterator[tuple[Tensor, int]]:
+        """The weights of the projections before the nonlinearities, and for each what changes with
+        its values. Other tensors in their place, as FSDP gathers for a pass, or as a functional
+        call is given, may have equal values."""
         modules = (sites_of(ffn)[0].module for ffn in self._recorder.probe.ffns)
         weights = (each for module in modules for each in module.parameters())
-        return [(id(each), each._version) for each in weights if not each.is_inference()]
+        return ((each, each._version) for each in weights if not each.is_inference())
 
     def _stop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._is_taking and self._is_own(module):
             self._is_taking = False
             self._recorder.stop()
             self.n_seen += 1
-            self._weights = self._versions()
+            self._weights = WeakIdKeyDictionary(dict(self._versions()))
 
 
 def untraced(look: Callable[..., None]) -> Hook:

@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -19,6 +20,8 @@ import torch
 from processes import ended, start, together
 from support import Batches
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -628,6 +631,48 @@ def test_features_of_different_weights_are_not_pooled(tmp_path, how):
         MeasurementError, match=r"between two passes of step 0\. Call step after each"
     ):
         loop()
+
+
+def test_equal_weights_in_other_tensors_are_pooled(tmp_path):
+    """A functional call may be given a new copy for each micro-batch."""
+    rows = []
+    for name in ("own", "copies"):
+        model, (batch, _) = network(), pairs(2)
+        model.drop.p = 0.0
+        with nerve.watch(model, tmp_path / name, ffns=ffns(model)) as run:
+            for x in batch:
+                copies = {key: each.clone() for key, each in model.named_parameters()}
+                functional_call(model, copies if name == "copies" else {}, x)
+            run.step()
+        rows.append(nerve.load_metrics(tmp_path / name)[["n_samples", "pr_pre", "pr_post"]])
+    pd.testing.assert_frame_equal(*rows)
+
+
+def accumulate_sharded(rank: int, folder: str) -> None:
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    model = network()
+    described = ffns(model)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with nerve.watch(model, Path(folder, "run"), ffns=described, every_n_steps=1) as run:
+        for _ in range(2):
+            for batch in pairs(2):
+                mean_loss(model, batch)["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            run.step()
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # FSDP keeps gloo's threads, with which an interpreter may abort at its end
+
+
+def test_micro_batches_of_sharded_weights_are_pooled(tmp_path):
+    """FSDP leaves gathered weights in the model after a forward pass, and shards after backward."""
+    together(accumulate_sharded, 2, tmp_path)
+    rows = nerve.load_metrics(tmp_path / "run")
+    assert set(rows["step"]) == {0, 1}
+    assert set(rows["status"]) == {"ok"}
 
 
 @pytest.mark.parametrize("source", ["train", "heldout"])
