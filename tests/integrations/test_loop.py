@@ -657,8 +657,8 @@ def accumulate_sharded(rank: int, folder: str) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with nerve.watch(model, Path(folder, "run"), ffns=described, every_n_steps=1) as run:
         for _ in range(2):
-            for batch in pairs(2):
-                mean_loss(model, batch)["loss"].backward()
+            for inputs, targets in pairs(2):  # sequences: for a matrix, the tensors stay the same
+                mean_loss(model, (inputs[None], targets[None]))["loss"].backward()
             optimizer.step()
             optimizer.zero_grad()
             run.step()
