@@ -116,11 +116,12 @@ class Dependence:
     def _take_output(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
         if self._asks or not isinstance(output, Tensor) or not output.is_floating_point():
             return None
-        samples = rows_of(output.detach(), module)
-        if len(samples) and samples.isnan().any(1).all():  # infinite logits may be a mask
-            self.not_finite[module] = None
-        self.ran[module] = None
         leaf = output.detach()
+        if not self._again:  # random values say nothing of the model
+            samples = rows_of(leaf, module)
+            if len(samples) and samples.isnan().any(1).all():  # infinite logits may be a mask
+                self.not_finite[module] = None
+            self.ran[module] = None
         if any(module in each for each in self._again.values()):
             generator = torch.Generator().manual_seed(len(self._leaves))
             leaf = torch.randn(leaf.shape, generator=generator).to(leaf)

@@ -652,6 +652,11 @@ class Residual(Plain):
         return x + super().forward(x)
 
 
+class Root(nn.Module):
+    def forward(self, x):
+        return x.sqrt()
+
+
 def test_a_dead_ffn_is_found_and_its_rows_say_so():
     """In its place: the layers of the others do not depend on it."""
     model = nn.Sequential(*(Residual(nn.Linear(D, FF), nn.Linear(FF, D)) for _ in range(3)))
@@ -670,6 +675,16 @@ def test_an_ffn_in_the_linear_part_of_its_nonlinearity_is_found():
     model = nn.Sequential(*(Plain(nn.Linear(D, FF), nn.Linear(FF, D)) for _ in range(2)))
     nn.init.constant_(model[0].up.bias, 1e3)
     assert [ffn.pre for ffn in find_ffns(model, torch.randn(4, 20, D))] == [b.up for b in model]
+
+
+def test_a_nonlinearity_that_random_features_make_nan_does_not_pass_for_a_diverged_model():
+    """A root of one everywhere, which the second pass gives negative numbers."""
+    model = nn.Sequential(*(Residual(nn.Linear(D, FF), nn.Linear(FF, D)) for _ in range(2)))
+    between = nn.Sequential(nn.Linear(D, FF), Root(), nn.Linear(FF, D))
+    nn.init.zeros_(between[0].weight)
+    nn.init.ones_(between[0].bias)
+    found = find_ffns(nn.Sequential(model[0], between, model[1]), torch.randn(4, 20, D))
+    assert [ffn.pre for ffn in found] == [block.up for block in model]
 
 
 @pytest.mark.parametrize("zero", ["one", "two"])
