@@ -90,7 +90,7 @@ class TrialSweeper(Sweeper):
         self.config = config
         self.hydra_context = hydra_context
         if OmegaConf.select(config, "hydra.launcher._target_") == SUBMITIT_SLURM:
-            from nerve.cli.experiment.machine import check_counted
+            from nerve.cli.sweep.devices import check_counted
 
             trainer = OmegaConf.select(config, "trainer")
             require_group("trainer", trainer, ("devices",))
@@ -226,7 +226,7 @@ def _make(folder: Path, config: DictConfig) -> None:
 
 def _refuse_devices(trial: Trial, launcher: Mapping[str, Any]) -> None:
     if trial.is_to_do:
-        from nerve.cli.experiment.machine import check_devices  # torch takes seconds to import
+        from nerve.cli.sweep.devices import check_devices  # torch takes seconds to import
 
         try:
             check_devices(trial.config.trainer, launcher)

@@ -3,7 +3,7 @@
 import pytest
 
 from nerve.cli.config.compose import SUBMITIT_SLURM
-from nerve.cli.experiment.machine import check_devices
+from nerve.cli.sweep.devices import check_devices
 from nerve.errors import ConfigError
 
 HERE = {"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}
