@@ -70,6 +70,8 @@ class Clock(L.Callback):
     def __init__(self) -> None:
         self._events: list[torch.cuda.Event] = []
         self._began = time.perf_counter()
+        self.host: list[tuple[float, float]] = []
+        """Of each mark: the time of day, and the CPU seconds of the thread that trains."""
         self.first_s = 0.0
         """Seconds from here to the end of the second step, by which all graphs are compiled."""
 
@@ -77,6 +79,7 @@ class Clock(L.Callback):
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         self._events.append(event)
+        self.host.append((time.time(), time.thread_time()))
         if len(self._events) == 2:
             event.synchronize()
             self.first_s = time.perf_counter() - self._began
@@ -177,11 +180,13 @@ class PlainBlock(nn.Module):
 
 
 class Run(NamedTuple):
-    """What a run took: ms of each step, bytes of the device at most, and `Clock.first_s`."""
+    """What a run took: ms of each step from the second on, bytes of the device at most,
+    `Clock.first_s`, and `Clock.host`."""
 
     times: list[float]
     peak: int
     first_s: float
+    host: list[tuple[float, float]]
 
 
 def lightning_run(args: argparse.Namespace, every_n_steps: int | None) -> Run:
@@ -214,7 +219,8 @@ def lightning_run(args: argparse.Namespace, every_n_steps: int | None) -> Run:
             enable_model_summary=False,
         )
         trainer.fit(module, datamodule=Tokens(args))
-    return Run(clock.milliseconds(), torch.cuda.max_memory_allocated(), clock.first_s)
+    times, peak = clock.milliseconds(), torch.cuda.max_memory_allocated()
+    return Run(times, peak, clock.first_s, clock.host)
 
 
 def stalls(times: list[float], every: int, typical: float) -> list[tuple[float, float]]:
@@ -254,7 +260,7 @@ def measure_stall(
     """What measuring adds to training: lines to print, ms of a step between measurements, and of
     the stall of each, as `stalls` gives it."""
     bare_peak = lightning_run(args, None).peak
-    times, peak, _ = lightning_run(args, args.every)
+    times, peak, *_ = lightning_run(args, args.every)
     typical = statistics.median(times[20:])
     found = stalls(times, args.every, typical)
     all_stalls = [whole for whole, _ in found]

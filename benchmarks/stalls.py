@@ -3,9 +3,11 @@
 Each process trains a compiled GPT-2 125M of random tokens under Lightning (benchmarks/monitor.py's
 run) with the monitor measuring the training batch. A stall is what the steps from a measurement to
 the next one take beyond as many steps of those in between. That of step 0 falls into the time in
-which graphs are compiled: for it the seconds up to the end of the second step are printed, beside
-those of one more process that trains without the monitor. What it makes (pinned memory, kernels)
-stays there for the twelve or more that follow.
+which graphs are compiled: for it the seconds up to the end of the second step are printed. What it
+makes (pinned memory, kernels) stays there for the twelve or more that follow.
+
+One more process trains as many steps without the monitor. It shows how long its first two steps
+take, and what the same sums over its steps are: that much comes from the machine.
 """
 
 import argparse
@@ -69,35 +71,34 @@ def one(args: argparse.Namespace) -> None:
     if args.cores and monitor.rank() == 0:  # the others begin with those of the first
         cores = sorted(os.sched_getaffinity(0))[args.place * args.cores :][: args.cores]
         os.sched_setaffinity(0, cores or os.sched_getaffinity(0))
-    if args.plain:
-        args.steps = 4
-        print("FIRST " + str(monitor.lightning_run(args, None).first_s), flush=True)
-        os._exit(0)
     marks: list[Any] = []
     for owner, name in PARTS if args.parts else ():
         timed(owner, name, marks)
     args.steps = args.every * (args.measurements + 1) - 2
-    times, peak, first_s = monitor.lightning_run(args, args.every)
+    run = monitor.lightning_run(args, None if args.plain else args.every)
+    times = run.times
     first = [t for i, t in enumerate(times) if i % args.every > args.every // 2]
     typical = statistics.median(first)
     # times[i] is that of step i + 1; the measured step of s is the one after it, and validation
     # goes before.
     starts = range(args.every - 1, len(times) - args.every // 2, args.every)
-    stalls = [
-        sum(times[s - 1 : s - 1 + args.every]) - typical * len(times[s - 1 : s - 1 + args.every])
-        for s in starts
-    ]
+    windows = [range(s - 1, min(s - 1 + args.every, len(times))) for s in starts]
+    stalls = [sum(times[i] - typical for i in window) for window in windows]
+    worst = windows[stalls.index(max(stalls))]
     host: dict[str, Any] = {}
     if hasattr(torch.cuda, "host_memory_stats"):
         host = torch.cuda.host_memory_stats()
     found: dict[str, Any] = {
         "step_ms": typical,
-        "first_s": first_s,
+        "first_s": run.first_s,
         "spread_ms": statistics.median(abs(t - typical) for t in first),
         "stall_ms": stalls,
         "robust_ms": [ms for ms, _ in monitor.stalls(times, args.every, typical)],
         "around_ms": [[round(t) for t in times[s - 2 : s + 4]] for s in starts],
-        "peak_gib": peak / 2**30,
+        "slow steps of the worst (step, ms, host ms, CPU ms, time of day)": [
+            slow(run, i) for i in worst if times[i] > 1.1 * typical
+        ],
+        "peak_gib": run.peak / 2**30,
         "pinned_mb": host.get("allocated_bytes.peak", 0) / 1e6,
         "pinned_blocks": host.get("num_host_alloc", 0),
         "pinning_ms": host.get("host_alloc_time.total", 0) / 1e3,
@@ -113,6 +114,15 @@ def one(args: argparse.Namespace) -> None:
     if monitor.rank() == 0:
         print("STALLS " + json.dumps(found), flush=True)
     os._exit(0)  # what is still being solved is not waited for
+
+
+def slow(run: monitor.Run, i: int) -> list[Any]:
+    """Of the step that `run.times[i]` is that of: its number, the ms that the device takes for it,
+    those that pass on the host and those in which the thread that trains computes, and when."""
+    (before, cpu_before), (after, cpu_after) = run.host[i : i + 2]
+    host, cpu = 1000 * (after - before), 1000 * (cpu_after - cpu_before)
+    when = time.strftime("%H:%M:%S", time.localtime(after))
+    return [i + 1, round(run.times[i]), round(host), round(cpu), when]
 
 
 def visible_devices() -> list[str]:
@@ -132,14 +142,14 @@ def started(args: argparse.Namespace, place: int, *more: str) -> subprocess.Pope
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=visible)
 
 
-def told(number: int, output: str, errors: str) -> list[float]:
+def told(who: str, output: str, errors: str) -> list[float]:
     """Prints what a process found; its stalls in steps."""
     lines = [line for line in output.splitlines() if line.startswith("STALLS ")]
     if not lines:
-        sys.exit(f"process {number} failed: {output[-2000:]} {errors[-4000:]}")
+        sys.exit(f"{who} failed: {output[-2000:]} {errors[-4000:]}")
     found = json.loads(lines[0].removeprefix("STALLS "))
     step, stalls = found.pop("step_ms"), found.pop("stall_ms")
-    print(f"process {number}: a step {step:.1f} ms")
+    print(f"{who}: a step {step:.1f} ms")
     print(f"  stalls, ms: {', '.join(f'{ms:.0f}' for ms in stalls)}")
     print(f"  mean {statistics.mean(stalls):.0f} ms, worst {max(stalls):.0f}")
     for key, value in found.items():
@@ -184,10 +194,9 @@ def main() -> None:
         for number, run in zip(here, runs, strict=True):
             output, errors = run.communicate()
             if number < args.processes:
-                everything += told(number, output, errors)
+                everything += told(f"process {number}", output, errors)
             else:
-                seconds = output.partition("FIRST ")[2].split()
-                print(f"without the monitor: first_s: {seconds[0] if seconds else errors[-2000:]}")
+                told("without the monitor", output, errors)
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.devices} GPU(s): of "
         f"{len(everything)} measurements mean {statistics.mean(everything):.2f} steps, worst "
