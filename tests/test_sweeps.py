@@ -367,20 +367,22 @@ def test_each_optimizer_has_a_learning_rate_of_its_own(scale):
     assert len(set(rates.values())) > 2
 
 
-def test_the_gpu_scale_takes_the_rates_that_were_the_best_of_those_searched():
+@pytest.mark.parametrize(
+    ("name", "searched"),
+    [("optimizer", "optimizer_gpu"), ("paper_optimizer", "paper_optimizer_probes_gpu")],
+)
+def test_the_gpu_scale_takes_the_rates_that_were_the_best_of_those_searched(name, searched):
     losses: dict[str, dict[float, float]] = {}
-    for path in (RUNS / "optimizer_gpu").glob("*/run.json"):
+    for path in (RUNS / searched).glob("*/run.json"):
         run = json.loads(path.read_text())
         if run["seed"] == 0:
             of_rates = losses.setdefault(run["config"]["optimizer"]["name"], {})
             of_rates[run["config"]["optimizer"]["lr"]] = run["final"]["val_loss"]
-    rates = {
-        trial.optimizer.name: trial.optimizer.lr for trial in composed("optimizer", "gpu").trials
-    }
+    rates = {trial.optimizer.name: trial.optimizer.lr for trial in composed(name, "gpu").trials}
     assert set(losses) == set(rates)
-    for name, of_rates in losses.items():
+    for optimizer, of_rates in losses.items():
         assert len(of_rates) >= 3
-        assert rates[name] == min(of_rates, key=of_rates.__getitem__)
+        assert rates[optimizer] == min(of_rates, key=of_rates.__getitem__)
 
 
 STATES = {
@@ -399,8 +401,8 @@ def test_the_commands_in_the_headers_find_the_runs_of_the_study_done(place, monk
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
     name = place.removesuffix("_gpu")
     if name not in NAMES:
-        told = place in ("normfree_rates_gpu", "paper_optimizer_probes_gpu", "residual")
-        asked = place.startswith(("glyphs_", "digits_reversed_"))
+        told = place in ("normfree_rates_gpu", "residual")
+        asked = place.startswith(("glyphs_", "digits_reversed_", "optimizer_rates", "paper_"))
         assert told or asked, "the commands are in study/findings.md or study/queue.md"
         return
     sweep = composed(name, "gpu" if place.endswith("_gpu") else "cpu")
