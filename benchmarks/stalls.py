@@ -7,11 +7,12 @@ which graphs are compiled: for it the seconds up to the end of the second step a
 makes (pinned memory, kernels) stays there for the twelve or more that follow.
 
 One more process trains as many steps without the monitor. It shows how long its first two steps
-take, and what the same sums over its steps are: that much comes from the machine.
+take, and what the same sums over its steps are: that much comes from the machine and from Python.
 """
 
 import argparse
 import collections
+import gc
 import json
 import logging
 import os
@@ -74,6 +75,7 @@ def one(args: argparse.Namespace) -> None:
     marks: list[Any] = []
     for owner, name in PARTS if args.parts else ():
         timed(owner, name, marks)
+    collected = watch_collections()
     args.steps = args.every * (args.measurements + 1) - 2
     run = monitor.lightning_run(args, None if args.plain else args.every)
     times = run.times
@@ -95,8 +97,8 @@ def one(args: argparse.Namespace) -> None:
         "stall_ms": stalls,
         "robust_ms": [ms for ms, _ in monitor.stalls(times, args.every, typical)],
         "around_ms": [[round(t) for t in times[s - 2 : s + 4]] for s in starts],
-        "slow steps of the worst (step, ms, host ms, CPU ms, time of day)": [
-            slow(run, i) for i in worst if times[i] > 1.1 * typical
+        "slow steps of the worst": [
+            slow(run, i, collected) for i in worst if times[i] > 1.1 * typical
         ],
         "peak_gib": run.peak / 2**30,
         "pinned_mb": host.get("allocated_bytes.peak", 0) / 1e6,
@@ -116,13 +118,36 @@ def one(args: argparse.Namespace) -> None:
     os._exit(0)  # what is still being solved is not waited for
 
 
-def slow(run: monitor.Run, i: int) -> list[Any]:
-    """Of the step that `run.times[i]` is that of: its number, the ms that the device takes for it,
-    those that pass on the host and those in which the thread that trains computes, and when."""
+def watch_collections() -> list[tuple[float, float]]:
+    """A list that gets the time of day and the ms of every collection of Python's garbage, during
+    which the thread that trains does nothing else."""
+    collected: list[tuple[float, float]] = []
+    began = 0.0
+
+    def on_collection(phase: str, info: dict[str, int]) -> None:
+        nonlocal began
+        if phase == "start":
+            began = time.perf_counter()
+        else:
+            collected.append((time.time(), 1000 * (time.perf_counter() - began)))
+
+    gc.callbacks.append(on_collection)
+    return collected
+
+
+def slow(run: monitor.Run, i: int, collected: list[tuple[float, float]]) -> dict[str, Any]:
+    """What the step took that `run.times[i]` is that of, and when it ended: ms of the device and of
+    the host, those in which the thread that trains computed, and those in which it collected
+    garbage."""
     (before, cpu_before), (after, cpu_after) = run.host[i : i + 2]
-    host, cpu = 1000 * (after - before), 1000 * (cpu_after - cpu_before)
-    when = time.strftime("%H:%M:%S", time.localtime(after))
-    return [i + 1, round(run.times[i]), round(host), round(cpu), when]
+    return {
+        "step": i + 1,
+        "device": round(run.times[i]),
+        "host": round(1000 * (after - before)),
+        "cpu": round(1000 * (cpu_after - cpu_before)),
+        "garbage": round(sum(ms for when, ms in collected if before <= when <= after)),
+        "ended": time.strftime("%H:%M:%S", time.localtime(after)),
+    }
 
 
 def visible_devices() -> list[str]:
