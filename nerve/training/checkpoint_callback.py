@@ -46,7 +46,6 @@ class Checkpointing(Checkpoint):
         cadence: when to save.
         signals: the signals that may ask the run to stop.
         store: its rows are flushed before each checkpoint; None in a process that does not write.
-        data_dims: the model's dimensions that come from the data, for `load_model`.
     """
 
     def __init__(
@@ -56,8 +55,9 @@ class Checkpointing(Checkpoint):
         cadence: CheckpointCadence,
         signals: StopSignals,
         store: RunStore | None,
-        data_dims: Mapping[str, Any],
     ) -> None:
+        self.data_dims: dict[str, Any] = {}
+        """The model's dimensions that come from the data, for `load_model`; set before the fit."""
         self.scores: dict[str, float] = {}
         """The values that the last validation logged: `val_loss`, …"""
         self._files = files
@@ -66,7 +66,6 @@ class Checkpointing(Checkpoint):
         self._cadence = cadence
         self._signals = signals
         self._store = store
-        self._data_dims = dict(data_dims)
         self._wish = 0
         self._agreement = Agreement()
         self._allowed = self._deadline = math.inf
@@ -102,7 +101,7 @@ class Checkpointing(Checkpoint):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint["facts"] = self._data_dims
+        checkpoint["facts"] = self.data_dims
         if self._store:  # only the process that writes has the record
             checkpoint |= identity_of(self._run.require_record())
         # Only early stopping also stops the resumed run; a signal or a time limit does not.

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 import socket
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,6 +12,7 @@ from datetime import timedelta
 from typing import Self, TypeVar
 
 import lightning as L
+import torch
 from lightning.pytorch.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
@@ -18,6 +21,7 @@ from lightning.pytorch.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.distributed import TCPStore
 
 from nerve.errors import ConfigError, NotGatheredError, noted
@@ -84,8 +88,8 @@ class Gathering:
         self._leads = leads
         self._store: TCPStore | None = None
         self._are_there = n_processes == 1
-        # Lightning's own launcher starts the other processes once the first has begun.
         self._are_started = environment.creates_processes_externally
+        self._children: list[subprocess.Popen[bytes]] = []
         self._prefix = f"nerve/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
 
     def __enter__(self) -> Self:
@@ -94,6 +98,9 @@ class Gathering:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         has_met_none = self._store is None and isinstance(error, NotGatheredError)
         if self._are_there or not self._are_started or has_met_none:
+            return
+        if self._children:
+            self._end_children()
             return
         if error is None:
             self._tell(_DONE, HEARD_WITHIN_S)
@@ -119,11 +126,36 @@ class Gathering:
             return True
         return self._wait_for(lambda store: store.check([f"{self._prefix}/begun"]))
 
+    def start_others(self, trainer: L.Trainer) -> None:
+        """Starts the other processes now, where Lightning would do so only when the fit begins: by
+        then this process has loaded the data and built the model, for which it would wait again."""
+        launcher = trainer.strategy.launcher
+        is_left_to_it = not (self._are_there or self._are_started)
+        if is_left_to_it and isinstance(launcher, _SubprocessScriptLauncher):
+            n_threads, is_set = torch.get_num_threads(), "OMP_NUM_THREADS" in os.environ
+            launcher.launch(int)
+            if not is_set:  # the launcher shares the cores for training, when it launches that
+                os.environ.pop("OMP_NUM_THREADS", None)
+                torch.set_num_threads(n_threads)
+            self._are_started, self._children = True, launcher.procs
+
     def before(self, trainer: L.Trainer) -> None:
         """Makes the trainer wait here for all processes before torch does."""
         if not self._are_there:
             self._connect = trainer.strategy.setup_environment
             trainer.strategy.setup_environment = self._gather  # type: ignore[method-assign]
+
+    def _end_children(self) -> None:
+        """Ends the processes that this one has started; they do not wait for it any longer."""
+        children = [*self._children]
+        self._children.clear()  # otherwise Lightning's observer kills this process when they end
+        for child in children:
+            child.send_signal(signal.SIGTERM)
+        for child in children:
+            try:
+                child.wait(HEARD_WHEN_STOPPED_WITHIN_S)
+            except subprocess.TimeoutExpired:
+                child.kill()
 
     def _gather(self) -> None:
         self._are_started = True

@@ -81,8 +81,8 @@ def fit(
             cadence,
             signals,
             RunStore(directory, "run"),
-            {"vocab_size": 7},
         )
+        saving.data_dims = {"vocab_size": 7}
         trainer = L.Trainer(
             accelerator="cpu",
             max_steps=N_STEPS,

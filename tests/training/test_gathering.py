@@ -2,16 +2,20 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.environments import (
     LightningEnvironment,
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from processes import held_port
 
 from nerve.errors import ConfigError, DataError, NotGatheredError, StoreError
@@ -25,6 +29,7 @@ class Strategy:
 
     def __init__(self) -> None:
         self.connected = False
+        self.launcher: _SubprocessScriptLauncher | None = None
 
     def setup_environment(self) -> None:
         self.connected = True
@@ -201,6 +206,95 @@ def test_torch_opens_its_own_store_where_they_have_met():
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
         dist.destroy_process_group()
         members._are_there = True
+
+
+class Launcher(_SubprocessScriptLauncher):
+    """Lightning's, with processes that wait to be ended in place of those of the command."""
+
+    IGNORES = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    WAITS = "import time; print(flush=True); time.sleep(60)"
+
+    def __init__(self, environment: LightningEnvironment, n: int, *codes: str) -> None:
+        super().__init__(environment, n, 1)
+        self.codes = codes
+
+    def _call_children_scripts(self) -> None:
+        os.environ["LOCAL_RANK"] = "0"
+        for code in self.codes:
+            command = [sys.executable, "-c", code]
+            self.procs.append(subprocess.Popen(command, stdout=subprocess.PIPE))
+        for each in self.procs:
+            assert each.stdout is not None
+            assert each.stdout.readline() == b"\n"
+            each.stdout.close()
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """As without anything that has started the processes of a run."""
+    monkeypatch.setenv("LOCAL_RANK", "0")  # restored afterwards
+    monkeypatch.delenv("LOCAL_RANK")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(gathering, "HEARD_WHEN_STOPPED_WITHIN_S", 0.3)
+
+
+@pytest.mark.parametrize(
+    "error", [DataError("no files"), Interrupted("stopped"), KeyboardInterrupt]
+)
+def test_an_error_ends_the_processes_that_the_first_has_started(alone, error):
+    """Also one that does not obey; Lightning's observer, which kills this process when one of
+    them ends badly, no longer sees them."""
+    trainer, n_threads = Trainer(), torch.get_num_threads()
+    environment = LightningEnvironment()
+    launcher = Launcher(environment, 3, Launcher.WAITS, Launcher.IGNORES + Launcher.WAITS)
+    trainer.strategy.launcher = launcher
+    children: list[subprocess.Popen[bytes]] = []
+
+    def lead() -> None:
+        with Gathering(environment, 3, leads=True) as members:
+            members.begin()
+            members.start_others(trainer)
+            children.extend(launcher.procs)
+            assert [each.poll() for each in children] == [None, None]
+            assert torch.get_num_threads() == n_threads
+            assert "OMP_NUM_THREADS" not in os.environ
+            raise error
+
+    with pytest.raises(type(error) if isinstance(error, BaseException) else error):
+        lead()
+    assert [each.wait(10) for each in children] == [-signal.SIGTERM, -signal.SIGKILL]
+    assert launcher.procs == []
+
+
+def test_processes_that_something_else_starts_are_not_started_twice(alone, monkeypatch):
+    trainer, environment = Trainer(), LightningEnvironment()
+    trainer.strategy.launcher = launcher = Launcher(environment, 2, Launcher.WAITS)
+    Gathering(environment, 1, leads=True).start_others(trainer)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    Gathering(environment, 2, leads=True).start_others(trainer)
+    assert launcher.procs == []
+
+
+def test_processes_that_have_come_are_left_to_lightning(alone):
+    trainer, environment = Trainer(), LightningEnvironment()
+    trainer.strategy.launcher = launcher = Launcher(environment, 2, Launcher.WAITS)
+
+    def lead() -> None:
+        with Gathering(environment, 2, leads=True) as members:
+            members.begin()
+            members.start_others(trainer)
+            members._opened().add(f"{members._prefix}/come", 1)  # as the other does
+            members.before(trainer)
+            trainer.strategy.setup_environment()
+            raise DataError("in the middle of the fit")
+
+    with pytest.raises(DataError):
+        lead()
+    (child,) = launcher.procs
+    assert child.poll() is None
+    launcher.procs.clear()
+    child.kill()
+    child.wait()
 
 
 def test_one_process_tells_nobody():

@@ -137,16 +137,18 @@ def _run(
     _set_threads(plan.threads)
     L.seed_everything(plan.seed, verbose=False)
 
-    data = build_data(plan)
-    log.info("data: %s", counts(data.describe()))
-    data_dims = data_dims_of(data, plan.model.kind)
-    module = build_module(plan, data_dims)
     store = run.store() if record else None
     monitor = build_monitor(plan, store)
     files = CheckpointFiles()
-    saving = Checkpointing(files, run, plan.checkpoint, signals, store, data_dims)
+    saving = Checkpointing(files, run, plan.checkpoint, signals, store)
     callbacks = [monitor, saving, *([heartbeat] if heartbeat else [])]
     trainer = build_trainer(plan, run.path, store, callbacks, files, gathering.environment)
+    gathering.start_others(trainer)  # now, so that they do the following at the same time
+
+    data = build_data(plan)
+    log.info("data: %s", counts(data.describe()))
+    saving.data_dims = data_dims_of(data, plan.model.kind)
+    module = build_module(plan, saving.data_dims)
     last = run.checkpoint("last")
     # A run that goes on has its weights in the checkpoint, and the factors in its record.
     pre_scales = {} if last.exists() else scale_pre_activations(plan, module, data)
