@@ -99,18 +99,19 @@ class Gathering:
         has_met_none = self._store is None and isinstance(error, NotGatheredError)
         if self._are_there or not self._are_started or has_met_none:
             return
-        if self._children:
-            self._end_children()
-            return
+        n_ended = self._end_children()
+        if n_ended + 1 == self._n:
+            return  # on one node, there is nobody else
         if error is None:
-            self._tell(_DONE, HEARD_WITHIN_S)
+            self._tell(_DONE, HEARD_WITHIN_S, n_ended)
             return
         with noted(error):
             if isinstance(error, Exception):
-                self._tell(f"{_REFUSED}{error or type(error).__name__}", HEARD_WITHIN_S)
+                told = f"{_REFUSED}{error or type(error).__name__}"
+                self._tell(told, HEARD_WITHIN_S, n_ended)
             else:
                 why = error.__cause__ or error
-                self._tell(f"{_STOPPED}{why}", HEARD_WHEN_STOPPED_WITHIN_S)
+                self._tell(f"{_STOPPED}{why}", HEARD_WHEN_STOPPED_WITHIN_S, n_ended)
 
     def begin(self) -> bool:
         """Whether there is a run to take part in; all processes but the first wait for its answer.
@@ -145,8 +146,8 @@ class Gathering:
             self._connect = trainer.strategy.setup_environment
             trainer.strategy.setup_environment = self._gather  # type: ignore[method-assign]
 
-    def _end_children(self) -> None:
-        """Ends the processes that this one has started; they do not wait for it any longer."""
+    def _end_children(self) -> int:
+        """Ends the processes that this one has started, and returns how many these are."""
         children = [*self._children]
         self._children.clear()  # otherwise Lightning's observer kills this process when they end
         for child in children:
@@ -156,6 +157,7 @@ class Gathering:
                 child.wait(HEARD_WHEN_STOPPED_WITHIN_S)
             except subprocess.TimeoutExpired:
                 child.kill()
+        return len(children)
 
     def _gather(self) -> None:
         self._are_started = True
@@ -185,9 +187,9 @@ class Gathering:
         key = f"{self._prefix}/ended"
         return store.get(key).decode() if store.check([key]) else None
 
-    def _tell(self, why: str, within_s: float) -> None:
+    def _tell(self, why: str, within_s: float, n_ended: int) -> None:
         """Tells the others why this process ends, unless a reason was given before; the first
-        process waits until all have received it."""
+        process waits until all have received it, except `n_ended` that it has ended itself."""
         until = time.monotonic() + within_s
         while self._store is None and not self._leads and not self._is_open():
             if time.monotonic() > until:
@@ -196,7 +198,7 @@ class Gathering:
         store = self._opened()
         if self._told(store) is None:
             store.set(f"{self._prefix}/ended", why)
-        n_heard = store.add(f"{self._prefix}/heard", 1)
+        n_heard = store.add(f"{self._prefix}/heard", 1 + n_ended)
         while self._leads and n_heard < self._n and time.monotonic() < until:
             time.sleep(POLL_S)
             n_heard = store.add(f"{self._prefix}/heard", 0)

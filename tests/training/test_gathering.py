@@ -266,6 +266,40 @@ def test_an_error_ends_the_processes_that_the_first_has_started(alone, error):
     assert launcher.procs == []
 
 
+def test_other_nodes_hear_why_a_node_ends_and_nobody_waits_for_the_ended_ones(alone, monkeypatch):
+    """Two nodes of two processes; the second of this node is a child of the first."""
+    ends: list[BaseException] = []
+
+    def other_node() -> None:
+        try:
+            with Gathering(LightningEnvironment(), 4, leads=False) as members:
+                members.begin()
+                members.before(trainer := Trainer())
+                trainer.strategy.setup_environment()
+        except NotGatheredError as error:
+            ends.append(error)
+
+    environment, trainer = LightningEnvironment(), Trainer()
+    trainer.strategy.launcher = Launcher(environment, 2, Launcher.WAITS)
+    threads = [threading.Thread(target=other_node) for _ in range(2)]
+
+    def lead() -> None:
+        with Gathering(environment, 4, leads=True) as members:
+            members.begin()
+            members.start_others(trainer)
+            for thread in threads:
+                thread.start()
+            raise DataError("no files")
+
+    began = time.monotonic()
+    with pytest.raises(DataError):
+        lead()
+    for thread in threads:
+        thread.join(10)
+    assert ["no files" in str(end) for end in ends] == [True, True]
+    assert time.monotonic() - began < gathering.HEARD_WITHIN_S / 2
+
+
 def test_processes_that_something_else_starts_are_not_started_twice(alone, monkeypatch):
     trainer, environment = Trainer(), LightningEnvironment()
     trainer.strategy.launcher = launcher = Launcher(environment, 2, Launcher.WAITS)
