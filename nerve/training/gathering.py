@@ -2,7 +2,6 @@
 
 import logging
 import os
-import signal
 import socket
 import subprocess
 import time
@@ -12,7 +11,7 @@ from datetime import timedelta
 from typing import Self, TypeVar
 
 import lightning as L
-import torch
+from lightning.fabric.strategies.launchers.subprocess_script import _launch_process_observer
 from lightning.pytorch.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
@@ -89,7 +88,7 @@ class Gathering:
         self._store: TCPStore | None = None
         self._are_there = n_processes == 1
         self._are_started = environment.creates_processes_externally
-        self._children: list[subprocess.Popen[bytes]] = []
+        self._launcher: _SubprocessScriptLauncher | None = None
         self._prefix = f"nerve/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
 
     def __enter__(self) -> Self:
@@ -133,12 +132,8 @@ class Gathering:
         launcher = trainer.strategy.launcher
         is_left_to_it = not (self._are_there or self._are_started)
         if is_left_to_it and isinstance(launcher, _SubprocessScriptLauncher):
-            n_threads, is_set = torch.get_num_threads(), "OMP_NUM_THREADS" in os.environ
-            launcher.launch(int)
-            if not is_set:  # the launcher shares the cores for training, when it launches that
-                os.environ.pop("OMP_NUM_THREADS", None)
-                torch.set_num_threads(n_threads)
-            self._are_started, self._children = True, launcher.procs
+            self._are_started, self._launcher = True, launcher
+            launcher._call_children_scripts()
 
     def before(self, trainer: L.Trainer) -> None:
         """Makes the trainer wait here for all processes before torch does."""
@@ -148,10 +143,9 @@ class Gathering:
 
     def _end_children(self) -> int:
         """Ends the processes that this one has started, and returns how many these are."""
-        children = [*self._children]
-        self._children.clear()  # otherwise Lightning's observer kills this process when they end
+        children = self._launcher.procs if self._launcher else []
         for child in children:
-            child.send_signal(signal.SIGTERM)
+            child.terminate()
         for child in children:
             try:
                 child.wait(HEARD_WHEN_STOPPED_WITHIN_S)
@@ -164,12 +158,15 @@ class Gathering:
         self._opened().add(f"{self._prefix}/come", 1)
         self._wait_for(lambda store: store.add(f"{self._prefix}/come", 0) >= self._n)
         self._are_there = True
+        if self._launcher:
+            _launch_process_observer(self._launcher.procs)  # as it would, had it started them
         self._connect()
 
     def _wait_for(self, has_come: Callable[[TCPStore], bool]) -> bool:
         """Waits in short steps; returns False if there is nothing to do."""
         store, patience = self._opened(), _Patience(self._where, self._n)
         while not _asked(lambda: has_come(store)):
+            ended = self._badly_ended()
             told = _asked(lambda: self._told(store))
             if told == _DONE:
                 return False
@@ -180,8 +177,18 @@ class Gathering:
                     "A run needs all of its processes; another one ended: "
                     f"{told.removeprefix(_REFUSED)}"
                 )
+            if ended:
+                raise NotGatheredError(
+                    "A run needs all of its processes; one that this one started has ended with "
+                    f"status {ended[0]}, without giving a reason. Read its output."
+                )
             patience.wait()
         return True
+
+    def _badly_ended(self) -> list[int]:
+        """The exit statuses of processes that this one has started and that have failed."""
+        children = self._launcher.procs if self._launcher else []
+        return [status for child in children if (status := child.poll())]
 
     def _told(self, store: TCPStore) -> str | None:
         key = f"{self._prefix}/ended"
