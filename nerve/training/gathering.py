@@ -2,11 +2,12 @@
 
 import logging
 import os
+import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Self, TypeVar
 
@@ -37,6 +38,9 @@ HEARD_WHEN_STOPPED_WITHIN_S = 5.0
 """The same after a signal to stop, which the other processes have probably received as well."""
 
 _DONE, _STOPPED, _REFUSED = "done", "stopped: ", "refused: "
+
+_PARENT = "NERVE_PARENT"
+"""The environment variable with the id of the process that started this one."""
 
 POLL_S = 0.05
 SAID_AFTER_S = 30.0
@@ -124,6 +128,8 @@ class Gathering:
         if self._leads:
             self._opened().set(f"{self._prefix}/begun", "")
             return True
+        if _PARENT in os.environ:  # from here on, signals are handled
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return self._wait_for(lambda store: store.check([f"{self._prefix}/begun"]))
 
     def start_others(self, trainer: L.Trainer) -> None:
@@ -133,7 +139,8 @@ class Gathering:
         is_left_to_it = not (self._are_there or self._are_started)
         if is_left_to_it and isinstance(launcher, _SubprocessScriptLauncher):
             self._are_started, self._launcher = True, launcher
-            launcher._call_children_scripts()
+            with _as_parent():
+                launcher._call_children_scripts()
 
     def before(self, trainer: L.Trainer) -> None:
         """Makes the trainer wait here for all processes before torch does."""
@@ -166,7 +173,8 @@ class Gathering:
         """Waits in short steps; returns False if there is nothing to do."""
         store, patience = self._opened(), _Patience(self._where, self._n)
         while not _asked(lambda: has_come(store)):
-            ended = self._badly_ended()
+            ended = self._ended()
+            _require_parent()
             told = _asked(lambda: self._told(store))
             if told == _DONE:
                 return False
@@ -179,16 +187,16 @@ class Gathering:
                 )
             if ended:
                 raise NotGatheredError(
-                    "A run needs all of its processes; one that this one started has ended with "
-                    f"status {ended[0]}, without giving a reason. Read its output."
+                    "A run needs all of its processes; one that this one has started ended with "
+                    f"status {ended[0]} during the start. Its own output may say why."
                 )
             patience.wait()
         return True
 
-    def _badly_ended(self) -> list[int]:
-        """The exit statuses of processes that this one has started and that have failed."""
+    def _ended(self) -> list[int]:
+        """The exit statuses of processes that this one has started and that have ended."""
         children = self._launcher.procs if self._launcher else []
-        return [status for child in children if (status := child.poll())]
+        return [status for child in children if (status := child.poll()) is not None]
 
     def _told(self, store: TCPStore) -> str | None:
         key = f"{self._prefix}/ended"
@@ -217,6 +225,7 @@ class Gathering:
             serves = self._leads and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
             patience = _Patience(self._where, self._n)
             while not serves and not self._is_open():
+                _require_parent()
                 patience.wait()
             self._store = _asked(
                 lambda: TCPStore(
@@ -260,6 +269,27 @@ class _Patience:
             log.warning("still waiting for some of the %s", self._what)
             self._has_said = True
         time.sleep(POLL_S)
+
+
+@contextmanager
+def _as_parent() -> Iterator[None]:
+    """Lets processes that are started now know this one, and leaves Ctrl-C to it until they have
+    begun: a terminal would also send it to them, in the middle of their imports."""
+    os.environ[_PARENT] = str(os.getpid())
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which they inherit
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        del os.environ[_PARENT]
+
+
+def _require_parent() -> None:
+    """Raises an error if this process was started by one that has ended, and is not waited for."""
+    if os.environ.get(_PARENT, str(os.getppid())) != str(os.getppid()):
+        raise NotGatheredError(
+            "A run needs all of its processes; the first one ended without giving a reason."
+        )
 
 
 def _asked(ask: Callable[[], T]) -> T:

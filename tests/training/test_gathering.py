@@ -324,9 +324,12 @@ def test_processes_that_have_come_are_left_to_lightning(alone):
     child.wait()
 
 
-def test_a_process_that_ends_while_it_is_waited_for_ends_the_run_with_its_status(alone):
+@pytest.mark.parametrize("status", [0, 7])
+def test_a_process_that_ends_while_it_is_waited_for_ends_the_run(alone, status):
     trainer, environment = Trainer(), LightningEnvironment()
-    trainer.strategy.launcher = Launcher(environment, 2, "print(flush=True); raise SystemExit(7)")
+    trainer.strategy.launcher = Launcher(
+        environment, 2, f"print(flush=True); raise SystemExit({status})"
+    )
 
     def lead() -> None:
         with Gathering(environment, 2, leads=True) as members:
@@ -335,8 +338,68 @@ def test_a_process_that_ends_while_it_is_waited_for_ends_the_run_with_its_status
             members.before(trainer)
             trainer.strategy.setup_environment()
 
-    with pytest.raises(NotGatheredError, match="has ended with status 7, without giving a reason"):
+    with pytest.raises(NotGatheredError, match=f"ended with status {status} during the start"):
         lead()
+
+
+def test_ctrl_c_is_left_to_the_process_that_started_the_others(alone):
+    """A terminal sends it to all of them; one that came meanwhile is not lost."""
+    environment, trainer = LightningEnvironment(), Trainer()
+
+    class Interrupting(Launcher):
+        def _call_children_scripts(self) -> None:
+            super()._call_children_scripts()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer.strategy.launcher = launcher = Interrupting(environment, 2, Launcher.WAITS)
+
+    def lead() -> None:
+        with Gathering(environment, 2, leads=True) as members:
+            members.begin()
+            members.start_others(trainer)
+
+    with pytest.raises(KeyboardInterrupt):
+        lead()
+    (child,) = launcher.procs
+    assert child.wait(10) == -signal.SIGTERM
+
+
+def test_those_that_are_started_do_not_take_ctrl_c(alone):
+    environment, trainer = LightningEnvironment(), Trainer()
+    trainer.strategy.launcher = launcher = Launcher(environment, 2, Launcher.WAITS)
+    members = Gathering(environment, 2, leads=True)
+    members.start_others(trainer)
+    (child,) = launcher.procs
+    child.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(0.2)
+    assert members._end_children() == 1
+    assert child.wait(10) == -signal.SIGTERM
+
+
+def test_ctrl_c_that_came_during_the_imports_is_obeyed_once_it_is_handled(monkeypatch):
+    monkeypatch.setenv("NERVE_PARENT", str(os.getppid()))
+    monkeypatch.setattr(gathering, "HEARD_WHEN_STOPPED_WITHIN_S", 0.1)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+    def follow() -> None:
+        with Gathering(LightningEnvironment(), 2, leads=False) as members, StopSignals():
+            signal.raise_signal(signal.SIGINT)  # to this thread, which blocks it
+            members.begin()
+
+    try:
+        with pytest.raises(Interrupted, match="SIGINT"):
+            follow()
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def test_one_whose_parent_was_killed_does_not_wait_for_it(monkeypatch):
+    monkeypatch.setenv("NERVE_PARENT", str(os.getpid()))  # which is not that of this process
+    members = Gathering(LightningEnvironment(), 2, leads=False)
+    with pytest.raises(NotGatheredError, match="the first one ended without giving a reason"):
+        members.begin()
 
 
 def test_one_process_tells_nobody():
