@@ -280,8 +280,8 @@ def _as_parent() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         del os.environ[_PARENT]
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)  # raises what has come meanwhile
 
 
 def _require_parent() -> None:
