@@ -2,29 +2,20 @@
 
 import logging
 import os
-import signal
 import socket
-import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Self, TypeVar
 
 import lightning as L
-from lightning.fabric.strategies.launchers.subprocess_script import _launch_process_observer
-from lightning.pytorch.plugins.environments import (
-    ClusterEnvironment,
-    LightningEnvironment,
-    LSFEnvironment,
-    MPIEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
+from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.distributed import TCPStore
 
-from nerve.errors import ConfigError, NotGatheredError, noted
+from nerve.errors import NotGatheredError, noted
+from nerve.training.launching import Children, require_parent, take_ctrl_c
 from nerve.training.signals import Interrupted
 
 COME_WITHIN_S = 1800.0
@@ -39,34 +30,12 @@ HEARD_WHEN_STOPPED_WITHIN_S = 5.0
 
 _DONE, _STOPPED, _REFUSED = "done", "stopped: ", "refused: "
 
-_PARENT = "NERVE_PARENT"
-"""The environment variable with the id of the process that started this one."""
-
 POLL_S = 0.05
 SAID_AFTER_S = 30.0
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-def environment_of(is_alone: bool) -> ClusterEnvironment:
-    """What started the processes of a run: chosen as Lightning does, except that a run of a single
-    process ignores the tasks of the job around it."""
-    if is_alone:
-        return LightningEnvironment()
-    if TorchElasticEnvironment.detect():  # torchrun, also inside a job of SLURM
-        return TorchElasticEnvironment()
-    if SLURMEnvironment.detect():
-        # Lightning's own requeueing would interfere with ours and submitit's.
-        try:
-            return SLURMEnvironment(auto_requeue=False)
-        except RuntimeError as error:  # the number of tasks does not fit
-            raise ConfigError(f"SLURM must start one task per device: {error}") from error
-    for kind in (LSFEnvironment, MPIEnvironment):
-        if kind.detect():
-            return kind()
-    return LightningEnvironment()
 
 
 class Gathering:
@@ -92,7 +61,7 @@ class Gathering:
         self._store: TCPStore | None = None
         self._are_there = n_processes == 1
         self._are_started = environment.creates_processes_externally
-        self._launcher: _SubprocessScriptLauncher | None = None
+        self._children = Children()
         self._prefix = f"nerve/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
 
     def __enter__(self) -> Self:
@@ -102,7 +71,7 @@ class Gathering:
         has_met_none = self._store is None and isinstance(error, NotGatheredError)
         if self._are_there or not self._are_started or has_met_none:
             return
-        n_ended = self._end_children()
+        n_ended = self._children.end()
         if n_ended + 1 == self._n:
             return  # on one node, there is nobody else
         if error is None:
@@ -128,8 +97,7 @@ class Gathering:
         if self._leads:
             self._opened().set(f"{self._prefix}/begun", "")
             return True
-        if _PARENT in os.environ:  # from here on, signals are handled
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        take_ctrl_c()  # from here on, it is handled
         return self._wait_for(lambda store: store.check([f"{self._prefix}/begun"]))
 
     def start_others(self, trainer: L.Trainer) -> None:
@@ -138,9 +106,8 @@ class Gathering:
         launcher = trainer.strategy.launcher
         is_left_to_it = not (self._are_there or self._are_started)
         if is_left_to_it and isinstance(launcher, _SubprocessScriptLauncher):
-            self._are_started, self._launcher = True, launcher
-            with _as_parent():
-                launcher._call_children_scripts()
+            self._are_started = True
+            self._children.start(launcher)
 
     def before(self, trainer: L.Trainer) -> None:
         """Makes the trainer wait here for all processes before torch does."""
@@ -148,33 +115,20 @@ class Gathering:
             self._connect = trainer.strategy.setup_environment
             trainer.strategy.setup_environment = self._gather  # type: ignore[method-assign]
 
-    def _end_children(self) -> int:
-        """Ends the processes that this one has started, and returns how many these are."""
-        children = self._launcher.procs if self._launcher else []
-        for child in children:
-            child.terminate()
-        for child in children:
-            try:
-                child.wait(HEARD_WHEN_STOPPED_WITHIN_S)
-            except subprocess.TimeoutExpired:
-                child.kill()
-        return len(children)
-
     def _gather(self) -> None:
         self._are_started = True
         self._opened().add(f"{self._prefix}/come", 1)
         self._wait_for(lambda store: store.add(f"{self._prefix}/come", 0) >= self._n)
         self._are_there = True
-        if self._launcher:
-            _launch_process_observer(self._launcher.procs)  # as it would, had it started them
+        self._children.leave_to_lightning()
         self._connect()
 
     def _wait_for(self, has_come: Callable[[TCPStore], bool]) -> bool:
         """Waits in short steps; returns False if there is nothing to do."""
         store, patience = self._opened(), _Patience(self._where, self._n)
         while not _asked(lambda: has_come(store)):
-            ended = self._ended()
-            _require_parent()
+            ended = self._children.ended()
+            require_parent()
             told = _asked(lambda: self._told(store))
             if told == _DONE:
                 return False
@@ -192,11 +146,6 @@ class Gathering:
                 )
             patience.wait()
         return True
-
-    def _ended(self) -> list[int]:
-        """The exit statuses of processes that this one has started and that have ended."""
-        children = self._launcher.procs if self._launcher else []
-        return [status for child in children if (status := child.poll()) is not None]
 
     def _told(self, store: TCPStore) -> str | None:
         key = f"{self._prefix}/ended"
@@ -225,7 +174,7 @@ class Gathering:
             serves = self._leads and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
             patience = _Patience(self._where, self._n)
             while not serves and not self._is_open():
-                _require_parent()
+                require_parent()
                 patience.wait()
             self._store = _asked(
                 lambda: TCPStore(
@@ -269,27 +218,6 @@ class _Patience:
             log.warning("still waiting for some of the %s", self._what)
             self._has_said = True
         time.sleep(POLL_S)
-
-
-@contextmanager
-def _as_parent() -> Iterator[None]:
-    """Lets processes that are started now know this one, and leaves Ctrl-C to it until they have
-    begun: a terminal would also send it to them, in the middle of their imports."""
-    os.environ[_PARENT] = str(os.getpid())
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which they inherit
-    try:
-        yield
-    finally:
-        del os.environ[_PARENT]
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)  # raises what has come meanwhile
-
-
-def _require_parent() -> None:
-    """Raises an error if this process was started by one that has ended, and is not waited for."""
-    if os.environ.get(_PARENT, str(os.getppid())) != str(os.getppid()):
-        raise NotGatheredError(
-            "A run needs all of its processes; the first one ended without giving a reason."
-        )
 
 
 def _asked(ask: Callable[[], T]) -> T:

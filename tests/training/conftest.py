@@ -6,6 +6,8 @@ import jaxtyping
 import pytest
 import torch
 
+from nerve.training import launching
+
 
 @pytest.fixture
 def graphs(monkeypatch):
@@ -19,3 +21,11 @@ def graphs(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # checks cannot be compiled
     return made
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """As without anything that has started the processes of a run; they are ended soon."""
+    monkeypatch.setenv("LOCAL_RANK", "0")  # restored afterwards
+    monkeypatch.delenv("LOCAL_RANK")
+    monkeypatch.setattr(launching, "ENDS_WITHIN_S", 0.3)

@@ -2,24 +2,19 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
 import torch.distributed as dist
-from lightning.pytorch.plugins.environments import (
-    LightningEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
+from launchers import WAITS, Launcher
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from processes import held_port
 
 from nerve.errors import ConfigError, DataError, NotGatheredError, StoreError
-from nerve.training import gathering
-from nerve.training.gathering import Gathering, environment_of
+from nerve.training import gathering, launching
+from nerve.training.gathering import Gathering
 from nerve.training.signals import Interrupted, StopSignals
 
 
@@ -207,56 +202,23 @@ def test_torch_opens_its_own_store_where_they_have_met():
         members._are_there = True
 
 
-class Launcher(_SubprocessScriptLauncher):
-    """Lightning's, with processes that wait to be ended in place of those of the command."""
-
-    IGNORES = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-    WAITS = "import time; print(flush=True); time.sleep(60)"
-
-    def __init__(self, environment: LightningEnvironment, n: int, *codes: str) -> None:
-        super().__init__(environment, n, 1)
-        self.codes = codes
-
-    def _call_children_scripts(self) -> None:
-        os.environ["LOCAL_RANK"] = "0"
-        for code in self.codes:
-            command = [sys.executable, "-c", code]
-            self.procs.append(subprocess.Popen(command, stdout=subprocess.PIPE))
-        for each in self.procs:
-            assert each.stdout is not None
-            assert each.stdout.readline() == b"\n"
-            each.stdout.close()
-
-
-@pytest.fixture
-def alone(monkeypatch):
-    """As without anything that has started the processes of a run."""
-    monkeypatch.setenv("LOCAL_RANK", "0")  # restored afterwards
-    monkeypatch.delenv("LOCAL_RANK")
-    monkeypatch.setattr(gathering, "HEARD_WHEN_STOPPED_WITHIN_S", 0.3)
-
-
 @pytest.mark.parametrize(
-    "error", [DataError("no files"), Interrupted("stopped"), KeyboardInterrupt]
+    "error", [DataError("no files"), Interrupted("stopped"), KeyboardInterrupt()]
 )
 def test_an_error_ends_the_processes_that_the_first_has_started(alone, error):
-    """Also one that does not obey."""
-    trainer, environment = Trainer(), LightningEnvironment()
-    launcher = Launcher(environment, 3, Launcher.WAITS, Launcher.IGNORES + Launcher.WAITS)
-    trainer.strategy.launcher = launcher
-    children: list[subprocess.Popen[bytes]] = []
+    trainer = Trainer()
+    trainer.strategy.launcher = launcher = Launcher(WAITS)
 
     def lead() -> None:
-        with Gathering(environment, 3, leads=True) as members:
+        with Gathering(LightningEnvironment(), 2, leads=True) as members:
             members.begin()
             members.start_others(trainer)
-            children.extend(launcher.procs)
-            assert [each.poll() for each in children] == [None, None]
+            assert [each.poll() for each in launcher.procs] == [None]
             raise error
 
-    with pytest.raises(type(error) if isinstance(error, BaseException) else error):
+    with pytest.raises(type(error)):
         lead()
-    assert [each.wait(10) for each in children] == [-signal.SIGTERM, -signal.SIGKILL]
+    assert [each.wait(10) for each in launcher.procs] == [-signal.SIGTERM]
 
 
 def test_other_nodes_hear_why_a_node_ends_and_nobody_waits_for_the_ended_ones(alone, monkeypatch):
@@ -273,7 +235,7 @@ def test_other_nodes_hear_why_a_node_ends_and_nobody_waits_for_the_ended_ones(al
             ends.append(error)
 
     environment, trainer = LightningEnvironment(), Trainer()
-    trainer.strategy.launcher = Launcher(environment, 2, Launcher.WAITS)
+    trainer.strategy.launcher = Launcher(WAITS)
     threads = [threading.Thread(target=other_node) for _ in range(2)]
 
     def lead() -> None:
@@ -295,16 +257,17 @@ def test_other_nodes_hear_why_a_node_ends_and_nobody_waits_for_the_ended_ones(al
 
 def test_processes_that_something_else_starts_are_not_started_twice(alone, monkeypatch):
     trainer, environment = Trainer(), LightningEnvironment()
-    trainer.strategy.launcher = launcher = Launcher(environment, 2, Launcher.WAITS)
+    trainer.strategy.launcher = launcher = Launcher(WAITS)
     Gathering(environment, 1, leads=True).start_others(trainer)
     monkeypatch.setenv("LOCAL_RANK", "0")
     Gathering(environment, 2, leads=True).start_others(trainer)
     assert launcher.procs == []
 
 
-def test_processes_that_have_come_are_left_to_lightning(alone):
-    trainer, environment = Trainer(), LightningEnvironment()
-    trainer.strategy.launcher = launcher = Launcher(environment, 2, Launcher.WAITS)
+def test_processes_that_have_come_are_left_to_lightning(alone, monkeypatch):
+    trainer, environment, watched = Trainer(), LightningEnvironment(), []
+    trainer.strategy.launcher = launcher = Launcher(WAITS)
+    monkeypatch.setattr(launching, "_launch_process_observer", watched.extend)
 
     def lead() -> None:
         with Gathering(environment, 2, leads=True) as members:
@@ -312,14 +275,15 @@ def test_processes_that_have_come_are_left_to_lightning(alone):
             members.start_others(trainer)
             members._opened().add(f"{members._prefix}/come", 1)  # as the other does
             members.before(trainer)
+            assert watched == []
             trainer.strategy.setup_environment()
             raise DataError("in the middle of the fit")
 
     with pytest.raises(DataError):
         lead()
     (child,) = launcher.procs
+    assert watched == [child]
     assert child.poll() is None
-    launcher.procs.clear()  # Lightning's observer, which now watches it, would kill this process
     child.kill()
     child.wait()
 
@@ -327,9 +291,7 @@ def test_processes_that_have_come_are_left_to_lightning(alone):
 @pytest.mark.parametrize("status", [0, 7])
 def test_a_process_that_ends_while_it_is_waited_for_ends_the_run(alone, status):
     trainer, environment = Trainer(), LightningEnvironment()
-    trainer.strategy.launcher = Launcher(
-        environment, 2, f"print(flush=True); raise SystemExit({status})"
-    )
+    trainer.strategy.launcher = Launcher(f"print(flush=True); raise SystemExit({status})")
 
     def lead() -> None:
         with Gathering(environment, 2, leads=True) as members:
@@ -340,42 +302,6 @@ def test_a_process_that_ends_while_it_is_waited_for_ends_the_run(alone, status):
 
     with pytest.raises(NotGatheredError, match=f"ended with status {status} during the start"):
         lead()
-
-
-def test_ctrl_c_is_left_to_the_process_that_started_the_others(alone):
-    """A terminal sends it to all of them; one that came meanwhile is not lost."""
-    environment, trainer = LightningEnvironment(), Trainer()
-
-    class Interrupting(Launcher):
-        def _call_children_scripts(self) -> None:
-            super()._call_children_scripts()
-            signal.raise_signal(signal.SIGINT)  # to this thread, which blocks it
-
-    trainer.strategy.launcher = launcher = Interrupting(environment, 2, Launcher.WAITS)
-
-    def lead() -> None:
-        with Gathering(environment, 2, leads=True) as members:
-            members.begin()
-            members.start_others(trainer)
-
-    with pytest.raises(KeyboardInterrupt):
-        lead()
-    (child,) = launcher.procs
-    assert child.wait(10) == -signal.SIGTERM
-    assert "NERVE_PARENT" not in os.environ
-
-
-def test_those_that_are_started_do_not_take_ctrl_c(alone):
-    environment, trainer = LightningEnvironment(), Trainer()
-    trainer.strategy.launcher = launcher = Launcher(environment, 2, Launcher.WAITS)
-    members = Gathering(environment, 2, leads=True)
-    members.start_others(trainer)
-    (child,) = launcher.procs
-    child.send_signal(signal.SIGINT)
-    with pytest.raises(subprocess.TimeoutExpired):
-        child.wait(0.2)
-    assert members._end_children() == 1
-    assert child.wait(10) == -signal.SIGTERM
 
 
 def test_ctrl_c_that_came_during_the_imports_is_obeyed_once_it_is_handled(monkeypatch):
@@ -410,38 +336,3 @@ def test_one_process_tells_nobody():
         members.before(trainer)
         trainer.strategy.setup_environment()
     assert trainer.strategy.connected
-
-
-SRUN = {
-    "SLURM_NTASKS": "2",
-    "SLURM_NTASKS_PER_NODE": "2",
-    "SLURM_JOB_NAME": "job",
-    "SLURM_PROCID": "0",
-    "SLURM_LOCALID": "0",
-}
-TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-
-
-@pytest.mark.parametrize(
-    ("variables", "kind"),
-    [
-        ({}, LightningEnvironment),
-        (SRUN, SLURMEnvironment),
-        (TORCHRUN, TorchElasticEnvironment),
-        (SRUN | TORCHRUN, TorchElasticEnvironment),
-    ],
-    ids=["none", "srun", "torchrun", "torchrun in a job"],
-)
-def test_what_started_the_processes_is_told_by_what_it_sets(monkeypatch, variables, kind):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert type(environment_of(is_alone=False)) is kind
-    assert type(environment_of(is_alone=True)) is LightningEnvironment
-
-
-def test_tasks_that_lightning_does_not_take_are_refused(monkeypatch):
-    for name, value in SRUN.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
-    with pytest.raises(ConfigError, match="--ntasks-per-node=2"):
-        environment_of(is_alone=False)

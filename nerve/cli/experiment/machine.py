@@ -21,7 +21,8 @@ from nerve.measuring.projection import PROJECTED
 from nerve.metric_names import GROUPS
 from nerve.optim import Dion, parameter_roles
 from nerve.storage.provenance import nvidia_driver
-from nerve.training.gathering import Gathering, environment_of
+from nerve.training.gathering import Gathering
+from nerve.training.launching import environment_of
 
 COUNTED = (
     "Memory counts parameters, gradients, the optimizer's state and the monitor's covariance "

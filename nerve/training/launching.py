@@ -1,0 +1,115 @@
+"""Who starts the processes of a run, and those that one of them starts itself."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning.fabric.strategies.launchers.subprocess_script import _launch_process_observer
+from lightning.pytorch.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    LSFEnvironment,
+    MPIEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+from nerve.errors import ConfigError, NotGatheredError
+
+ENDS_WITHIN_S = 5.0
+"""How long a process may take to end when it is asked to; then it is killed."""
+
+_PARENT = "NERVE_PARENT"
+"""The environment variable with the id of the process that started this one."""
+
+
+def environment_of(is_alone: bool) -> ClusterEnvironment:
+    """What started the processes of a run: chosen as Lightning does, except that a run of a single
+    process ignores the tasks of the job around it."""
+    if is_alone:
+        return LightningEnvironment()
+    if TorchElasticEnvironment.detect():  # torchrun, also inside a job of SLURM
+        return TorchElasticEnvironment()
+    if SLURMEnvironment.detect():
+        # Lightning's own requeueing would interfere with ours and submitit's.
+        try:
+            return SLURMEnvironment(auto_requeue=False)
+        except RuntimeError as error:  # the number of tasks does not fit
+            raise ConfigError(f"SLURM must start one task per device: {error}") from error
+    for kind in (LSFEnvironment, MPIEnvironment):
+        if kind.detect():
+            return kind()
+    return LightningEnvironment()
+
+
+class Children:
+    """The processes of a run that this one starts: none before `start`."""
+
+    def __init__(self) -> None:
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self, launcher: _SubprocessScriptLauncher) -> None:
+        """Starts them, which do not take Ctrl-C before they call `take_ctrl_c`.
+
+        Args:
+            launcher: starts the same command once for each further device of this node.
+        """
+        self._processes = launcher.procs
+        with _as_parent():
+            launcher._call_children_scripts()
+
+    def ended(self) -> list[int]:
+        """The exit statuses of those that have ended."""
+        return [status for each in self._processes if (status := each.poll()) is not None]
+
+    def end(self) -> int:
+        """Ends them, and returns how many they are."""
+        for each in self._processes:
+            each.terminate()
+        for each in self._processes:
+            try:
+                each.wait(ENDS_WITHIN_S)
+            except subprocess.TimeoutExpired:
+                each.kill()
+        return len(self._processes)
+
+    def leave_to_lightning(self) -> None:
+        """From now on, Lightning ends this process and the others if one of them fails, as it
+        would, had it started them."""
+        if self._processes:
+            _launch_process_observer(self._processes)
+
+
+def take_ctrl_c() -> None:
+    """Takes Ctrl-C from now on, also one that came before, if another process of the run started
+    this one."""
+    if _PARENT in os.environ:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def require_parent() -> None:
+    """Raises an error if another process of the run started this one and has ended.
+
+    Raises:
+        NotGatheredError: if it has, without waiting for this one.
+    """
+    if os.environ.get(_PARENT, str(os.getppid())) != str(os.getppid()):
+        raise NotGatheredError(
+            "A run needs all of its processes; the first one ended without giving a reason."
+        )
+
+
+@contextmanager
+def _as_parent() -> Iterator[None]:
+    """Lets processes that are started now know this one, and leaves Ctrl-C to it until they have
+    begun: a terminal would also send it to them, in the middle of their imports."""
+    os.environ[_PARENT] = str(os.getpid())
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which they inherit
+    try:
+        yield
+    finally:
+        del os.environ[_PARENT]
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)  # raises what has come meanwhile

@@ -1,0 +1,109 @@
+"""The processes that one of a run starts: how they begin and end with it."""
+
+import os
+import signal
+import subprocess
+
+import pytest
+from launchers import IGNORES, WAITS, Launcher
+from lightning.pytorch.plugins.environments import (
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+
+from nerve.errors import ConfigError, NotGatheredError
+from nerve.training.launching import Children, environment_of, require_parent, take_ctrl_c
+
+
+def test_all_are_ended_also_one_that_does_not_obey(alone):
+    children, launcher = Children(), Launcher(WAITS, IGNORES + WAITS)
+    assert children.end() == 0
+    children.start(launcher)
+    assert children.ended() == []
+    assert children.end() == 2
+    assert [each.wait(10) for each in launcher.procs] == [-signal.SIGTERM, -signal.SIGKILL]
+    assert children.ended() == [-signal.SIGTERM, -signal.SIGKILL]
+
+
+def test_ctrl_c_is_left_to_the_process_that_started_the_others(alone):
+    """A terminal sends it to all of them; one that came meanwhile is not lost."""
+
+    class Interrupting(Launcher):
+        def _call_children_scripts(self) -> None:
+            super()._call_children_scripts()
+            signal.raise_signal(signal.SIGINT)  # to this thread, which blocks it
+
+    children, launcher = Children(), Interrupting(WAITS)
+    with pytest.raises(KeyboardInterrupt):
+        children.start(launcher)
+    assert children.end() == 1
+    assert launcher.procs[0].wait(10) == -signal.SIGTERM
+    assert "NERVE_PARENT" not in os.environ
+
+
+def test_those_that_are_started_do_not_take_ctrl_c(alone):
+    children, launcher = Children(), Launcher(WAITS)
+    children.start(launcher)
+    (child,) = launcher.procs
+    child.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(0.2)
+    assert children.end() == 1
+    assert child.wait(10) == -signal.SIGTERM
+
+
+def test_ctrl_c_that_came_before_is_taken_where_another_process_blocked_it(monkeypatch):
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        signal.raise_signal(signal.SIGINT)  # to this thread, which blocks it
+        take_ctrl_c()
+        monkeypatch.setenv("NERVE_PARENT", str(os.getppid()))
+        with pytest.raises(KeyboardInterrupt):
+            take_ctrl_c()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def test_the_process_that_started_this_one_must_not_have_ended(monkeypatch):
+    require_parent()
+    monkeypatch.setenv("NERVE_PARENT", str(os.getppid()))
+    require_parent()
+    monkeypatch.setenv("NERVE_PARENT", str(os.getpid()))  # which is not that of this process
+    with pytest.raises(NotGatheredError, match="the first one ended without giving a reason"):
+        require_parent()
+
+
+SRUN = {
+    "SLURM_NTASKS": "2",
+    "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_JOB_NAME": "job",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "kind"),
+    [
+        ({}, LightningEnvironment),
+        (SRUN, SLURMEnvironment),
+        (TORCHRUN, TorchElasticEnvironment),
+        (SRUN | TORCHRUN, TorchElasticEnvironment),
+    ],
+    ids=["none", "srun", "torchrun", "torchrun in a job"],
+)
+def test_what_started_the_processes_is_told_by_what_it_sets(monkeypatch, variables, kind):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert type(environment_of(is_alone=False)) is kind
+    assert type(environment_of(is_alone=True)) is LightningEnvironment
+
+
+def test_tasks_that_lightning_does_not_take_are_refused(monkeypatch):
+    for name, value in SRUN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    with pytest.raises(ConfigError, match="--ntasks-per-node=2"):
+        environment_of(is_alone=False)
