@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,7 @@ from lightning.pytorch.plugins.environments import (
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from nerve.errors import ConfigError, NotGatheredError
+from nerve.training.signals import StopSignals
 
 ENDS_WITHIN_S = 5.0
 """How long a process may take to end when it is asked to; then it is killed."""
@@ -66,14 +68,24 @@ class Children:
         return [status for each in self._processes if (status := each.poll()) is not None]
 
     def end(self) -> int:
-        """Ends them, and returns how many they are."""
-        for each in self._processes:
-            each.terminate()
-        for each in self._processes:
+        """Asks them to end, kills those that have not after `ENDS_WITHIN_S` seconds, or when this
+        process is asked to stop meanwhile, and returns how many they are.
+
+        Raises:
+            Interrupted: if it is asked to stop.
+        """
+        until = time.monotonic() + ENDS_WITHIN_S
+        with StopSignals():
             try:
-                each.wait(ENDS_WITHIN_S)
+                for each in self._processes:
+                    each.terminate()
+                for each in self._processes:
+                    each.wait(max(0.0, until - time.monotonic()))
             except subprocess.TimeoutExpired:
-                each.kill()
+                pass
+            finally:
+                for each in self._processes:
+                    each.kill()  # does nothing to one that has ended
         return len(self._processes)
 
     def leave_to_lightning(self) -> None:

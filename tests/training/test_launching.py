@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import threading
 
 import pytest
 from launchers import IGNORES, WAITS, Launcher
@@ -13,7 +14,9 @@ from lightning.pytorch.plugins.environments import (
 )
 
 from nerve.errors import ConfigError, NotGatheredError
+from nerve.training import launching
 from nerve.training.launching import Children, environment_of, require_parent, take_ctrl_c
+from nerve.training.signals import Interrupted
 
 
 def test_all_are_ended_also_one_that_does_not_obey(alone):
@@ -24,6 +27,20 @@ def test_all_are_ended_also_one_that_does_not_obey(alone):
     assert children.end() == 2
     assert [each.wait(10) for each in launcher.procs] == [-signal.SIGTERM, -signal.SIGKILL]
     assert children.ended() == [-signal.SIGTERM, -signal.SIGKILL]
+
+
+@pytest.mark.parametrize(
+    "signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda signum: signum.name
+)
+def test_another_signal_while_they_are_ended_kills_those_that_are_left(alone, monkeypatch, signum):
+    monkeypatch.setattr(launching, "ENDS_WITHIN_S", 60.0)
+    children, launcher = Children(), Launcher(WAITS, IGNORES + WAITS, IGNORES + WAITS)
+    children.start(launcher)
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signum))
+    timer.start()
+    with pytest.raises(Interrupted, match=signum.name):
+        children.end()
+    assert [each.wait(10) for each in launcher.procs] == [-signal.SIGTERM, *[-signal.SIGKILL] * 2]
 
 
 def test_ctrl_c_is_left_to_the_process_that_started_the_others(alone):
