@@ -1,5 +1,11 @@
 """`nerve-probe`: measures a trained model, or its checkpoints."""
 
+if __name__ == "__main__":  # python -m, as the command: Ctrl-C may come during the imports below
+    from nerve.cli import entry
+
+    entry.probe()
+    raise SystemExit
+
 import argparse
 from collections.abc import Sequence
 
@@ -110,7 +116,3 @@ def _parser() -> argparse.ArgumentParser:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,11 @@
 """`nerve-report`: figures, tables and a page about runs."""
 
+if __name__ == "__main__":  # python -m, as the command: Ctrl-C may come during the imports below
+    from nerve.cli import entry
+
+    entry.report()
+    raise SystemExit
+
 import argparse
 import shlex
 from collections.abc import Sequence
@@ -84,7 +90,3 @@ def _parser() -> argparse.ArgumentParser:
         "label, and step, layer or val_loss",
     )
     return parser
-
-
-if __name__ == "__main__":
-    main()

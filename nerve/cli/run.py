@@ -1,5 +1,11 @@
 """`nerve-run`: composes a configuration and runs it."""
 
+if __name__ == "__main__":  # python -m, as the command: Ctrl-C may come during the imports below
+    from nerve.cli import entry
+
+    entry.run()
+    raise SystemExit
+
 import errno
 import os
 import re
@@ -171,7 +177,3 @@ def _explained(error: Exception) -> str:
         return no_such_sweep(missing[1])
     hint = HINTS.get(getattr(error, "missing_cfg_file", None) or "")
     return f"{explain_error(error)}\n{hint}" if hint else explain_error(error)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,11 @@
 """`nerve-status PATH…`: the state of each run, read from its files on disk."""
 
+if __name__ == "__main__":  # python -m, as the command: Ctrl-C may come during the imports below
+    from nerve.cli import entry
+
+    entry.status()
+    raise SystemExit
+
 import argparse
 import os
 import signal
@@ -190,7 +196,3 @@ def _job(record: RunRecord) -> str:
     if "array_id" in job:
         return f"{job['array_id']}_{job['array_task']}"
     return str(job.get("id", ""))
-
-
-if __name__ == "__main__":
-    main()

@@ -212,24 +212,35 @@ class Stop:
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Stop())
 sys.argv = {arguments!r}
-from nerve.cli import entry
-entry.{command}()
+{enter}
 """
+ENTERED = {
+    "the command": "from nerve.cli import entry; entry.{command}()",
+    "python -m": "import runpy; runpy.run_module('nerve.cli.{command}', run_name='__main__')",
+}
 
 
 @pytest.mark.parametrize(
-    ("command", "module", "arguments"),
+    ("command", "module", "arguments", "enter"),
     [
-        ("run", "hydra", []),
-        ("run", "torch", ["model=gpt_tiny"]),
-        ("trial", "hydra", []),
-        ("status", "nerve.cli.text_table", ["outputs"]),
-        ("report", "pandas", ["outputs"]),
+        ("run", "hydra", [], "the command"),
+        ("run", "hydra", [], "python -m"),
+        ("run", "torch", ["model=gpt_tiny"], "the command"),
+        ("trial", "hydra", [], "the command"),
+        ("status", "nerve.cli.text_table", ["outputs"], "the command"),
+        ("status", "nerve.cli.text_table", ["outputs"], "python -m"),
+        ("report", "pandas", ["outputs"], "the command"),
+        ("report", "nerve.progress", ["outputs"], "python -m"),
+        ("probe", "nerve.progress", ["outputs"], "python -m"),
     ],
 )
-def test_ctrl_c_in_the_first_seconds_ends_without_a_traceback(tmp_path, command, module, arguments):
+def test_ctrl_c_in_the_first_seconds_ends_without_a_traceback(
+    tmp_path, command, module, arguments, enter
+):
     code = INTERRUPTED.format(
-        module=module, arguments=[f"nerve-{command}", *arguments], command=command
+        module=module,
+        arguments=[f"nerve-{command}", *arguments],
+        enter=ENTERED[enter].format(command=command),
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
