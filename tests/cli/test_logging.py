@@ -194,13 +194,17 @@ def test_files_between_validations_are_named_by_their_step_and_scalars_keep_thei
 
 
 def test_processes_monitor_the_same_means(tmp_path):
-    """Only one of them has the rows, but both must stop; the other would wait forever."""
+    """Only one of them has the rows, but both must stop; the other would wait forever. What both
+    know only the first says."""
     two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", *TINY]
     two += ["trainer.precision=32-true", "objective=ffn/mean/js", "logger=tensorboard"]
     stop = ["callbacks.stop._target_=lightning.pytorch.callbacks.EarlyStopping"]
     stop += ["callbacks.stop.monitor=js", "callbacks.stop.stopping_threshold=1"]
     statuses, output = ranks(2, [*two, *(f"+{value}" for value in stop)], tmp_path)
     assert statuses == [0, 0], output
+    for said in ("data: ", "training ended at step 2: "):
+        assert output.count(said) == 1, output
+    assert "Initializing distributed" not in output
     directory = tmp_path / "it"
     assert nerve.load_metrics(directory).step.unique().tolist() == [0, 2]
     events = EventAccumulator(str(directory / "logs" / "tensorboard")).Reload()

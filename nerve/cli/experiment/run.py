@@ -63,7 +63,8 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
         Interrupted: when a signal asked it to stop; it is recorded as interrupted.
     """
     plan = Plan.of(config)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in (".*LeafSpec", ".*`srun` command is available"):  # Lightning's
         warnings.filterwarnings("ignore", message=message)
     run = RunDirectory(hydra_config.runtime.output_dir)
@@ -72,6 +73,8 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
         is_first = leads(plan.values["trainer"])
         if is_first and is_done(run, config):
             return objective_of(run, plan.objective)
+        if not is_first:  # what all have in common, the first says
+            logging.getLogger("nerve").setLevel(logging.WARNING)
         check_machine(plan)
         require_other_files(plan.callbacks, run)
         with StopSignals() as signals:
