@@ -123,8 +123,21 @@ def require_devices(trainer: Mapping[str, Any]) -> None:
     )
     strategy = trainer["strategy"]
     if isinstance(strategy, Mapping) and "_target_" in strategy:
+        require(
+            _starts_the_command(strategy),
+            "Each process of a run must be the command itself, which popen starts again; got "
+            f"trainer.strategy.start_method={strategy.get('start_method')}. Leave it out.",
+        )
         return
-    require_choice("trainer.strategy", strategy, ("auto", *StrategyRegistry.available_strategies()))
+    named = StrategyRegistry.available_strategies()
+    started = [n for n in named if _starts_the_command(StrategyRegistry[n]["init_params"])]
+    require_choice("trainer.strategy", strategy, ("auto", *started))
+
+
+def _starts_the_command(strategy: Mapping[str, Any]) -> bool:
+    """Whether a strategy starts the command again for each device, not a copy of the process that
+    trains: a copy would not know the files of the run."""
+    return strategy.get("start_method", "popen") == "popen"
 
 
 def n_devices_of(trainer: Mapping[str, Any]) -> int | None:

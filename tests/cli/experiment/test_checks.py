@@ -96,6 +96,12 @@ BAD_GPT = [
     (["~trainer.devices"], ["trainer lacks devices"]),
     (["trainer.accelerator=5"], ["trainer.accelerator must be one of auto, gpu"]),
     (["trainer.strategy=dpp"], ["trainer.strategy must be one of auto, ddp", "'ddp'?"]),
+    (["trainer.strategy=ddp_spawn"], ["trainer.strategy must be one of auto, ddp, ddp_find"]),
+    (["trainer.strategy=ddp_notebook"], ["trainer.strategy must be one of auto, ddp, ddp_find"]),
+    (
+        ["trainer.strategy={_target_:lightning.pytorch.strategies.DDPStrategy,start_method:fork}"],
+        ["must be the command itself", "got trainer.strategy.start_method=fork. Leave it out."],
+    ),
     *(([f"trainer.devices={n}"], ["trainer.devices must be auto"]) for n in ("-3", "0", "no")),
     *(
         (
