@@ -54,11 +54,11 @@ OF_COMMANDS = {
     "sweep": {"config", "console", "experiment"},
     "queued": {"sweep"},
     "probing": {"console", "experiment"},
-    "run": {"config", "console", "experiment", "sweep"},
-    "probe": {"console", "probing"},
-    "report": {"console"},
-    "status": {"console", "queued", "saved", "status_table"},
     "entry": set(),
+    "run": {"config", "console", "entry", "experiment", "sweep"},
+    "probe": {"console", "entry", "probing"},
+    "report": {"console", "entry"},
+    "status": {"console", "entry", "queued", "saved", "status_table"},
 }
 
 # Folder to what it must not import from elsewhere, nor through what it imports.
