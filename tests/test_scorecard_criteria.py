@@ -10,6 +10,7 @@ import shlex
 from copy import deepcopy
 from functools import cache
 from itertools import product
+from math import nan
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,6 +56,21 @@ def made(rule, design, seed, spectra=None, loss=None, steps=(0, 100, 200, 300), 
         runs=pd.DataFrame(index=range(len(design))),
         tokens=nothing,
     )
+
+
+def test_the_smallest_of_effects_without_an_interval_is_the_smallest(rule):
+    """With a seed of each design there is no interval; the first effect is not the answer then."""
+    one = {
+        name: Estimate(effect, nan, nan, nan, 0, 1, 2)
+        for name, effect in zip("ab", (2, 0.5), strict=True)
+    }
+    sure = Estimate(-1.0, -1.5, -0.5, 0.1, 4, 3, 6)
+    nan_effect = Estimate(nan, nan, nan, nan, 0, 1, 2)
+    lowest = rule.effects.lowest
+    assert lowest([one["a"], one["b"]]).effect == 0.5
+    assert lowest([sure, one["a"], one["b"]]).effect == 0.5
+    assert np.isnan(lowest([one["a"], nan_effect, sure]).effect)
+    assert lowest([sure, Estimate(-1.1, -1.2, -1.0, 0.1, 4, 3, 6)]).effect == -1.0
 
 
 def judged(rule, estimate, runs, labels="design", compared=("a", "b")):

@@ -40,8 +40,14 @@ def least(*effects: Effect) -> Effect:
 
 def lowest(found: Sequence[Estimate]) -> Estimate:
     """The effect whose interval has the lowest bound, which lies above a limit if and only if all
-    do. Its number of seeds is the smallest of all."""
-    least = min(found, key=lambda each: each.low if each.has_interval else -np.inf)
+    do; if some have no interval, the smallest of these. Its number of seeds is the smallest of
+    all."""
+
+    def rank(each: Estimate) -> tuple[float, float]:
+        effect = -np.inf if np.isnan(each.effect) else each.effect
+        return each.low if each.has_interval else -np.inf, effect
+
+    least = min(found, key=rank)
     return replace(least, n_seeds=min(each.n_seeds for each in found))
 
 
