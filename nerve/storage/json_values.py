@@ -2,10 +2,15 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping, Set
 from typing import Any
 
 NON_FINITE = {str(number): number for number in (math.inf, -math.inf, math.nan)}
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+"""In the text of a function, or of an object whose class does not say how to write it."""
 
 
 def to_json(
@@ -13,7 +18,8 @@ def to_json(
 ) -> Any:
     """`value` as JSON can represent it; `from_json` is the inverse.
 
-    NumPy and tensor scalars become numbers; paths and other objects become text.
+    NumPy and tensor scalars become numbers, and collections lists, sets in a fixed order. Paths and
+    other objects become text, the same in every process: without the address of an object.
 
     Args:
         value: any value of a configuration or a record.
@@ -28,11 +34,13 @@ def to_json(
         value = value.item()
     if isinstance(value, Mapping):
         return {str(key): to_json(item, non_finite) for key, item in value.items()}
-    if isinstance(value, Iterable) and not isinstance(value, str):
+    if isinstance(value, Set):
+        return sorted((to_json(item, non_finite) for item in value), key=canonical_json)
+    if isinstance(value, Collection) and not isinstance(value, str):
         return [to_json(item, non_finite) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else non_finite(value)
-    return value if isinstance(value, bool | int | str) else str(value)
+    return value if isinstance(value, bool | int | str) else _ADDRESS.sub("", str(value))
 
 
 def from_json(value: Any) -> Any:

@@ -5,6 +5,7 @@ import math
 import random
 import re
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +214,42 @@ def test_what_json_does_not_have_comes_back_from_it():
     assert config_id(again) == config_id(config) == config_id(json.loads(text))
     assert differences(config, again) == []
     assert differences({"a": math.inf}, {"a": 1.0}) == ["a"]
+
+
+class Plain:
+    """Without a text of its own: Python gives the address."""
+
+
+def test_objects_and_sets_are_the_same_text_in_every_process():
+    """Else a run could not be resumed: neither addresses nor the order of hashes is kept."""
+
+    def schedule():
+        pass
+
+    def config():
+        return {
+            "function": schedule,
+            "bound": partial(schedule, 1),
+            "object": Plain(),
+            "set": {f"layer {i}" for i in range(40)},
+            "mixed": frozenset({3, "a", None, (1, 2)}),
+        }
+
+    first, second = to_json(config()), to_json(config())
+    assert first == second
+    assert "0x" not in json.dumps(first)
+    assert first["set"] == sorted(config()["set"])
+    assert first["mixed"] == ["a", 3, [1, 2], None]
+    assert "schedule" in first["function"]
+    assert "schedule" in first["bound"]
+    assert "Plain" in first["object"]
+
+
+def test_what_can_be_read_only_once_is_not_read():
+    """Else the caller would miss it, and the second time its text would be another one."""
+    numbers = iter([1, 2])
+    assert to_json({"a": numbers}) == to_json({"a": numbers})
+    assert [*numbers] == [1, 2]
 
 
 def test_of_a_target_the_module_does_not_count_and_the_class_does():
