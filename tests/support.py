@@ -1,6 +1,7 @@
 """Helpers for several test files: rows, runs and stores with known numbers, and the pages'
 examples."""
 
+import functools
 import logging
 import os
 import re
@@ -23,6 +24,7 @@ from omegaconf import DictConfig
 
 from nerve.analysis.load import load_metrics, load_runs
 from nerve.cli.config.compose import CONF, register
+from nerve.storage import record
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 
@@ -94,6 +96,14 @@ def as_before() -> Iterator[None]:
         if os.environ != environment:
             os.environ.clear()
             os.environ.update(environment)
+
+
+def ask_once_for_provenance() -> None:
+    """Caches the commit and the versions, which do not change during tests; each new record would
+    call git three times and read the metadata of a dozen packages."""
+    versions = functools.cache(record.package_versions)
+    record.git_commit = functools.cache(record.git_commit)
+    record.package_versions = lambda: dict(versions())
 
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
