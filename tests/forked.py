@@ -8,9 +8,10 @@ import gc
 
 import composing
 import processes  # noqa: F401 - else each process imports it, and pytest with it
-from support import ask_once_for_provenance, composed
+from support import ask_once_for_provenance, composed, never_sync
 
 composing.remember()
 ask_once_for_provenance()
+never_sync()
 composed(with_hydra=True)
 gc.freeze()

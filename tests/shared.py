@@ -22,6 +22,7 @@ from support import (  # noqa: F401 - fixtures for all tests
     as_before,
     ask_once_for_provenance,
     make_run,
+    never_sync,
     row,
     store,
     tables,
@@ -61,6 +62,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.
 
 composing.remember()
 ask_once_for_provenance()
+never_sync()
 
 
 @pytest.fixture(scope="session")

@@ -106,6 +106,16 @@ def ask_once_for_provenance() -> None:
     record.package_versions = lambda: dict(versions())
 
 
+sync = os.fsync
+
+
+def never_sync() -> None:
+    """Makes `os.fsync` do nothing. What it writes would be missing only after a crash of the
+    machine; what a killed process has written stays. Sixty a run were a third of the time of tests
+    of storage."""
+    os.fsync = lambda descriptor: None
+
+
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
@@ -304,10 +314,9 @@ def tables(
     A run is a mapping with `rows` (what differs from `metrics_row`), and where they matter `run_id,
     seed, config` (leaves by dotted name), `run_status, error`, and other fields of its record.
     """
-    # What takes time and is tested elsewhere: where the code comes from, and what a crash survives.
+    # What takes time and is tested elsewhere: where the code comes from.
     monkeypatch.setattr("nerve.storage.record.git_commit", lambda: None)
     monkeypatch.setattr("nerve.storage.record.package_versions", dict)
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
     def make(*specs: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
         for i, spec in enumerate(specs):
