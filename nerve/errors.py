@@ -43,6 +43,10 @@ class DivergedError(NerveError):
     """The training loss became NaN or infinite."""
 
 
+class DeviceError(NerveError):
+    """A GPU failed, or has not enough memory."""
+
+
 class NotGatheredError(NerveError):
     """Another process of the run failed to start or ended, with or without a reason."""
 
@@ -55,6 +59,11 @@ def noted(error: BaseException) -> Iterator[None]:
         yield
     except Exception as late:
         error.add_note(f"Then, as the run ended: {type(late).__name__}: {late}")
+
+
+def with_notes(error: BaseException) -> str:
+    """The message of an error and its notes, each on a line of its own."""
+    return "\n".join([str(error), *getattr(error, "__notes__", ())])
 
 
 def warn_caller(message: str, category: type[Warning]) -> None:

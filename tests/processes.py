@@ -27,7 +27,7 @@ from typing import Any
 
 import pytest
 
-PRELOADED = ("nerve.cli.run", "nerve.cli.experiment.run", "nerve.cli.sweep.sweeper")
+PRELOADED = ("nerve.cli.run", "nerve.cli.experiment.run", "nerve.cli.sweep.sweeper", "forked")
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 ENDS_WITHIN_S = 200.0
@@ -66,7 +66,7 @@ def start(
     how = function, arguments, str(cwd), str(log), values, within_s
     process = _context.Process(target=_begin, args=how, name=str(log))
     with pytest.MonkeyPatch.context() as patch:  # for the one that all are forked from
-        patch.setenv("PYTHONPATH", lean_path())
+        patch.setenv("PYTHONPATH", lean_path(Path(__file__).parent))
         multiprocessing.forkserver.ensure_running()
     process.start()
     return process

@@ -2,7 +2,6 @@
 runs are provided, and no test hangs."""
 
 import faulthandler
-import functools
 import itertools
 import os
 import random
@@ -21,13 +20,13 @@ from jaxtyping import install_import_hook
 from studied import evidence, judged, scorecard  # noqa: F401 - fixtures as well
 from support import (  # noqa: F401 - fixtures for all tests
     as_before,
+    ask_once_for_provenance,
     make_run,
+    never_sync,
     row,
     store,
     tables,
 )
-
-from nerve.storage import record
 
 CHECKED = ("nerve.spectra", "nerve.nn", "nerve.models", "nerve.optim")
 install_import_hook(list(CHECKED), "beartype.beartype")
@@ -62,17 +61,8 @@ SWEEP = (
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 composing.remember()
-
-
-def ask_once_for_provenance() -> None:
-    """Caches the commit and the versions, which do not change during tests; each new record would
-    call git three times and read the metadata of a dozen packages."""
-    versions = functools.cache(record.package_versions)
-    record.git_commit = functools.cache(record.git_commit)
-    record.package_versions = lambda: dict(versions())
-
-
 ask_once_for_provenance()
+never_sync()
 
 
 @pytest.fixture(scope="session")

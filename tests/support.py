@@ -1,6 +1,7 @@
 """Helpers for several test files: rows, runs and stores with known numbers, and the pages'
 examples."""
 
+import functools
 import logging
 import os
 import re
@@ -23,6 +24,7 @@ from omegaconf import DictConfig
 
 from nerve.analysis.load import load_metrics, load_runs
 from nerve.cli.config.compose import CONF, register
+from nerve.storage import record
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 
@@ -94,6 +96,24 @@ def as_before() -> Iterator[None]:
         if os.environ != environment:
             os.environ.clear()
             os.environ.update(environment)
+
+
+def ask_once_for_provenance() -> None:
+    """Caches the commit and the versions, which do not change during tests; each new record would
+    call git three times and read the metadata of a dozen packages."""
+    versions = functools.cache(record.package_versions)
+    record.git_commit = functools.cache(record.git_commit)
+    record.package_versions = lambda: dict(versions())
+
+
+sync = os.fsync
+
+
+def never_sync() -> None:
+    """Makes `os.fsync` do nothing. What it writes would be missing only after a crash of the
+    machine; what a killed process has written stays. Sixty a run were a third of the time of tests
+    of storage."""
+    os.fsync = lambda descriptor: None
 
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -294,10 +314,9 @@ def tables(
     A run is a mapping with `rows` (what differs from `metrics_row`), and where they matter `run_id,
     seed, config` (leaves by dotted name), `run_status, error`, and other fields of its record.
     """
-    # What takes time and is tested elsewhere: where the code comes from, and what a crash survives.
+    # What takes time and is tested elsewhere: where the code comes from.
     monkeypatch.setattr("nerve.storage.record.git_commit", lambda: None)
     monkeypatch.setattr("nerve.storage.record.package_versions", dict)
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
     def make(*specs: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
         for i, spec in enumerate(specs):

@@ -7,9 +7,16 @@ import os
 import time
 
 import pytest
+import support
 
 from nerve.errors import StoreError
 from nerve.files import _say_once, building_folder, remove_temporaries, write_atomically
+
+
+@pytest.fixture(autouse=True)
+def _synced(monkeypatch):
+    """What other tests do without."""
+    monkeypatch.setattr(os, "fsync", support.sync)
 
 
 def test_the_temporary_file_is_hidden_and_of_another_suffix(tmp_path):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from nerve.cli.console import fail, say, whole_numbers
 from nerve.config import require_path
-from nerve.errors import NerveError
+from nerve.errors import NerveError, with_notes
 from nerve.progress import shown, unseen
 
 DESCRIPTION = """\
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with shown() as progress:
             probe(source_of(asked), asked, output=output, progress=progress)
     except NerveError as error:
-        fail("nerve-probe", str(error))
+        fail("nerve-probe", with_notes(error))
     except KeyboardInterrupt:
         fail(
             "nerve-probe",

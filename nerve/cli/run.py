@@ -43,7 +43,7 @@ from nerve.cli.sweep.table import SweepError
 from nerve.cli.sweep.worker import run_trial
 from nerve.config import LONGEST_NAME, require
 from nerve.cores import spin_briefly, uncollected
-from nerve.errors import NerveError
+from nerve.errors import NerveError, with_notes
 
 HINTS = {
     "hydra/launcher/joblib": "To run trials in parallel, use hydra.sweeper.n_jobs=2 instead.",
@@ -82,7 +82,7 @@ def main() -> None:
             raise
         fail("nerve-run", message, error.exit_status if isinstance(error, SweepError) else 1)
     if command.failures:
-        fail("nerve-run", "\nnerve-run: ".join(map(str, command.failures)))
+        fail("nerve-run", "\nnerve-run: ".join(map(with_notes, command.failures)))
 
 
 class _Command:
@@ -119,7 +119,7 @@ class _Command:
             _remove_if_empty([directory] if is_trial else CheckInPlaceOfRun.missing)
             self.failures.append(error)
             if is_trial:  # a job of a cluster, in whose log this belongs
-                print(f"nerve-run: {error}", file=sys.stderr, flush=True)
+                print(f"nerve-run: {with_notes(error)}", file=sys.stderr, flush=True)
             return None
 
     def message(self, error: Exception) -> str | None:
@@ -131,7 +131,7 @@ class _Command:
         if self._show_tracebacks:
             return None
         if isinstance(error, NerveError):
-            return str(error)
+            return with_notes(error)
         if self._started or isinstance(error, BrokenPipeError):
             return None
         if isinstance(error, YAMLError | UnicodeDecodeError):

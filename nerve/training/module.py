@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from nerve.measuring.distributed import add_up, highest, n_processes
 from nerve.models import Penalty, Regularizer
 from nerve.optim import Schedule
+from nerve.training.device_errors import is_of_device
 from nerve.training.divergence import Divergence, diverged
 from nerve.training.graphs import Batch, CompiledLosses, choose, own_gradients
 from nerve.training.randomness import part_from_other_processes
@@ -153,7 +154,7 @@ class TrainedModel(L.LightningModule):
         try:
             super().optimizer_step(*args, **kwargs)
         except RuntimeError as error:  # from a matrix decomposition, for example
-            if all(map(_is_finite, self.parameters())):
+            if is_of_device(error) or all(map(_is_finite, self.parameters())):
                 raise
             raise diverged(self.global_step) from error
 

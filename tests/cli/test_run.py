@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +16,13 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hydra.errors import HydraException
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from omegaconf import OmegaConf
 from processes import lean_path
 from support import TINY_RUN, composed
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nerve
 import nerve.cli.run as run_module
@@ -29,8 +32,10 @@ from nerve.cli.config.explain import explain_error
 from nerve.cli.config.overrides import check_added, overrides_of
 from nerve.cli.experiment.build import build_trainer
 from nerve.cli.experiment.plan import Plan
-from nerve.errors import ConfigError
+from nerve.errors import ConfigError, StoreError
+from nerve.storage.store import RunStore
 from nerve.training.checkpoint_io import CheckpointFiles
+from nerve.training.module import LanguageModel
 
 METRICS = ["se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js", "val_loss"]
 
@@ -291,6 +296,44 @@ def test_a_loss_that_is_not_finite_fails_the_run_and_keeps_its_rows(run, tiny, t
     assert f"step {step}" in runs.error[0]
     assert 0 in metrics.step.tolist()
     assert metrics.step.max() <= step
+
+
+class Dead(TorchDispatchMode):
+    """No tensor can be read or made, as after an error of CUDA."""
+
+    def __torch_dispatch__(self, *args, **kwargs):
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure\nMore.")
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_a_device_that_fails_ends_the_run_with_one_message_and_keeps_its_rows(
+    run, tiny, monkeypatch, is_full
+):
+    """What else fails as the run ends is said after it."""
+    step = LanguageModel.training_step
+
+    def refuse(store):
+        raise StoreError("the disk is full")
+
+    if is_full:
+        monkeypatch.setattr(RunStore, "compact", refuse)
+    with ExitStack() as stack:
+
+        def failing(module, *args):
+            if module.trainer.global_step == 3:
+                stack.enter_context(Dead())
+            return step(module, *args)
+
+        monkeypatch.setattr(LanguageModel, "training_step", failing)
+        status, _, err = run(*tiny, "hydra.run.dir=it")
+    assert status == 1
+    assert err.count("CUDA error: unspecified launch failure. What was measured") == 1
+    assert "nerve-run resume=" in err
+    assert "Traceback" not in err
+    assert ("\nThen, as the run ended: StoreError: the disk is full" in err) == is_full
+    record = nerve.RunRecord.load("it")
+    assert (record.run_status, record.error["type"]) == ("failed", "DeviceError")
+    assert sorted(nerve.load_metrics("it").step.unique()) == [0, 2]
 
 
 def test_help_and_the_composed_values_are_shown_without_loading_torch(tmp_path):

@@ -443,6 +443,26 @@ def test_what_an_optimizer_refuses_of_finite_numbers_is_no_divergence():
         fit(module, image_batches(5), image_batches(2))
 
 
+@pytest.mark.parametrize(
+    "error", [torch.AcceleratorError("CUDA error: misaligned"), torch.OutOfMemoryError("CUDA out")]
+)
+def test_an_error_of_the_device_is_no_divergence_and_no_tensor_is_read_after_it(error, monkeypatch):
+    """After such an error, reading a tensor would raise another, which would hide it."""
+    monkeypatch.setattr("nerve.training.module._is_finite", lambda parameter: 1 / 0)
+    module = ImageClassifier(
+        linear_classifier(),
+        lambda m: refusing(type(error), str(error))(m.parameters()),
+        SCHEDULE,
+    )
+    with pytest.raises(type(error), match="CUDA"):
+        fit(
+            module,
+            image_batches(*[5] * 6),
+            image_batches(2),
+            callbacks=[BreakGradients(float("nan"))],
+        )
+
+
 def test_gradients_are_clipped_whatever_hooks_a_subclass_has_and_whichever_fit_it_is():
     """A step of rate 1 moves the weights by the norm of the gradients."""
 

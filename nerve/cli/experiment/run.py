@@ -40,6 +40,7 @@ from nerve.training.callbacks import Heartbeat
 from nerve.training.checkpoint_callback import Checkpointing
 from nerve.training.checkpoint_files import check_checkpoint
 from nerve.training.checkpoint_io import CheckpointFiles, require_other_files
+from nerve.training.device_errors import explained
 from nerve.training.ending import require_validated, stopped_by
 from nerve.training.gathering import Gathering
 from nerve.training.signals import Interrupted, StopSignals
@@ -161,7 +162,8 @@ def _run(
     log_configuration(trainer, plan)
     gathering.before(trainer)
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None)
+        with explained(run):
+            trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None)
     except BaseException as error:
         with noted(error):
             _close(trainer, record, store)

@@ -291,7 +291,8 @@ def _error(status: int) -> NerveError:
         return CrashedError(f"its process ended with exit status {status} before the run did")
     name = signal.Signals(-status).name
     if -status not in FROM_OUTSIDE:
-        return CrashedError(f"its process ended with {name}")
+        why = ", which a failed GPU can cause: its output says more" if name == "SIGABRT" else ""
+        return CrashedError(f"its process ended with {name}{why}")
     why = ", by hand or by the system for lack of memory" if -status == signal.SIGKILL else ""
     return KilledError(f"its process was killed ({name}){why}")
 

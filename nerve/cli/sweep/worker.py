@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 from nerve.cli.config.compose import decoded, depends_on_place, identity, register, resolved
 from nerve.cli.config.hydra_internals import Callbacks
 from nerve.cores import uncollected
-from nerve.errors import NerveError, StoreError
+from nerve.errors import NerveError, StoreError, with_notes
 from nerve.storage.directory import RunDirectory
 from nerve.storage.provenance import cluster_job
 from nerve.training.signals import Interrupted
@@ -119,7 +119,7 @@ def _run(config: DictConfig) -> bool:
             run_trial(task_config, HydraConfig.get())
             done = True
         except NerveError as error:
-            print(f"nerve-run: {error}", file=sys.stderr)
+            print(f"nerve-run: {with_notes(error)}", file=sys.stderr)
         except Exception:
             traceback.print_exc()
 
