@@ -92,7 +92,8 @@ class PassFeatures:
             self.n_sequences += 0 if first is None else len(first)
             self._require_ended()
             self._require_same_weights()
-            chosen = self._choice.of(batch)  # which may run the model itself
+            with self._recorder.clock:
+                chosen = self._choice.of(batch)  # which may run the model itself
             self._is_taking = True
             self._recorder.start(chosen)
 

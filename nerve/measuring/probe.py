@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nerve.errors import MeasurementError
+from nerve.measuring.clock import UNTIMED, Clock, Untimed
 from nerve.measuring.ffns import (
     FFN,
     Site,
@@ -98,6 +99,7 @@ class Probe:
     Args:
         ffns: the FFNs to tap.
         around: for each FFN, the sites around it to tap, too, by name.
+        clock: counts the time that tapping takes.
 
     Raises:
         MeasurementError: if there is none, if two share layer and name, or if pre is the output of
@@ -105,13 +107,17 @@ class Probe:
     """
 
     def __init__(
-        self, ffns: Sequence[FFN], around: Sequence[Mapping[str, Site]] | None = None
+        self,
+        ffns: Sequence[FFN],
+        around: Sequence[Mapping[str, Site]] | None = None,
+        clock: Clock | Untimed = UNTIMED,
     ) -> None:
         require_distinct(ffns)
         self.ffns = ffns
+        self._clock = clock
         self.sites = [sites_of(ffn) for ffn in ffns]
         self._names = [named(ffn) for ffn in ffns]
-        self._around = None if around is None else SiteProbe(around, self._names)
+        self._around = None if around is None else SiteProbe(around, self._names, clock)
         self.thread = 0
         self._receive: Receive | None = None
         self._before: dict[int, _Before] = {}
@@ -134,8 +140,8 @@ class Probe:
             self._handles.append(hook_at(tokens, self._is_on, partial(self._note, module)))
         for index, (pre, post) in enumerate(self.sites):
             self._handles += [
-                hook_at(pre, self._is_on, partial(self._begin, index)),
-                hook_at(post, self._is_on, partial(self._finish, index)),
+                hook_at(pre, self._is_on, self._clock.around(partial(self._begin, index))),
+                hook_at(post, self._is_on, self._clock.around(partial(self._finish, index))),
             ]
         if self._around is not None:
             self._around.install()
@@ -231,12 +237,13 @@ class Probe:
         """
         if self._receive is None:
             return
-        check_whole(self.sites[index][0].module, self._names[index])
-        check_same_samples(pre, post, self._names[index])
-        is_unchanged = torch.isclose(sample_of(pre), sample, rtol=0, atol=0, equal_nan=True).all()
-        self._unchanged.append((index, Flag(is_unchanged)))
-        self._times[index] += 1
-        self._receive(index, inputs, pre, post)
+        with self._clock:
+            check_whole(self.sites[index][0].module, self._names[index])
+            check_same_samples(pre, post, self._names[index])
+            unchanged = torch.isclose(sample_of(pre), sample, rtol=0, atol=0, equal_nan=True).all()
+            self._unchanged.append((index, Flag(unchanged)))
+            self._times[index] += 1
+            self._receive(index, inputs, pre, post)
 
     def _is_on(self) -> bool:
         return self._receive is not None

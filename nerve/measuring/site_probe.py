@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from nerve.measuring.clock import UNTIMED, Clock, Untimed
 from nerve.measuring.ffns import Site
 from nerve.measuring.tap import hook_at, of_site, plain, put_last
 
@@ -24,9 +25,16 @@ class SiteProbe:
     Args:
         sites: the sites of each FFN, by name.
         names: the names of the FFNs in messages.
+        clock: counts the time that tapping takes.
     """
 
-    def __init__(self, sites: Sequence[Mapping[str, Site]], names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        sites: Sequence[Mapping[str, Site]],
+        names: Sequence[str],
+        clock: Clock | Untimed = UNTIMED,
+    ) -> None:
+        self._clock = clock
         self._taps = [
             (index, name, site, f"{name} of {where}")
             for index, (each, where) in enumerate(zip(sites, names, strict=True))
@@ -41,7 +49,8 @@ class SiteProbe:
     def install(self) -> None:
         """Registers the hooks."""
         for number, (_, _, site, _) in enumerate(self._taps):
-            self._handles.append(hook_at(site, self._is_on, partial(self._tap, number)))
+            look = self._clock.around(partial(self._tap, number))
+            self._handles.append(hook_at(site, self._is_on, look))
 
     def remove(self) -> None:
         """Removes the hooks; allowed at any time."""
@@ -73,7 +82,8 @@ class SiteProbe:
         """Receives features from the taps; does nothing while stopped."""
         if self._receive is not None:
             index, name, *_ = self._taps[number]
-            self._receive(index, name, features)
+            with self._clock:
+                self._receive(index, name, features)
 
     def _is_on(self) -> bool:
         return self._receive is not None

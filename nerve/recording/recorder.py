@@ -1,7 +1,6 @@
 """Measures a model's FFNs during training in any loop, and writes the rows of a run."""
 
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch.optim import Optimizer
 
 from nerve.errors import noted
 from nerve.measuring.around import Stream, sites_around
+from nerve.measuring.clock import Clock
 from nerve.measuring.ffns import FFN
 from nerve.measuring.groups import NOT_GROUPED, Grouped
 from nerve.measuring.masks import ALL, Chosen
@@ -45,15 +45,15 @@ class Recorder:
 
     def __init__(self, settings: MonitorSettings, store: RunStore | None) -> None:
         self.settings = settings
-        self.seconds = 0.0
-        """Wall time spent measuring, validating, and waiting for results that were not solved in
-        time."""
         self.n_measured = 0
         """Number of measurements since it was opened."""
         self._store = store
         self._rank, self._n_processes = 0, 1
         self._is_split = False
-        self._began = 0.0
+        self._is_validating = False
+        self.clock = Clock(torch.device("cpu"))
+        """Counts the time that measuring takes."""
+        self._seconds_before = 0.0
         self._cadence = Cadence()
         self._probe: Probe | None = None
         self._grouped = NOT_GROUPED
@@ -64,6 +64,16 @@ class Recorder:
         self._pace: Pace | None = None
         self._preparation: Preparation | None = None
         self._writer: SpectraWriter | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Wall time spent measuring, in training steps, too, validating, and waiting for results
+        that were not solved in time; on a GPU, the time of that work in the stream of the model.
+
+        Not in it is by how much a forward pass is slower where it must be observed: without CUDA
+        graphs, or with experts one by one.
+        """
+        return self._seconds_before + self.clock.seconds
 
     @property
     def is_due(self) -> bool:
@@ -134,13 +144,15 @@ class Recorder:
         """
         self._grouped = Grouped(tuple(self.settings.groups), token_counts)
         around = sites_around(ffns, self.settings.sites, find_streams)
-        self._probe = Probe(ffns, around if self.settings.sites else None)
+        self._seconds_before, self.clock = 0.0 if anew else self.seconds, Clock(device)
+        self._is_validating = False
+        self._probe = Probe(ffns, around if self.settings.sites else None, self.clock)
         self._probe.install()
         compiler = sys.modules.get("torch._dynamo")
         if compiler is not None and compiler.utils.counters["frames"]:
             torch.compiler.reset()  # code compiled earlier ignores the probe
         if anew:
-            self.seconds, self._n_measurements = 0.0, 0
+            self._n_measurements = 0
             self._cadence = Cadence()
         self.n_measured = 0
         self._rank, self._n_processes = rank, n_processes
@@ -163,7 +175,9 @@ class Recorder:
         """Starts a new pass over the held-out set; `is_split` is explained at the property."""
         if self._pace is not None:
             self._pace.catch_up()
-        self._began = time.perf_counter()
+        if not self._is_validating:
+            self._is_validating = True
+            self.clock.start()
         self._is_split = is_split
         self._cadence.start_validation()
 
@@ -183,30 +197,25 @@ class Recorder:
 
     def end_validation(self) -> None:
         """Stops the clock of the validation."""
-        self.seconds += time.perf_counter() - self._began
+        if self._is_validating:
+            self._is_validating = False
+            self.clock.stop()
 
     # Features
 
     def start(self, chosen: Chosen = ALL) -> None:
         """Starts reading the features of a forward pass, for the chosen samples."""
-        if self._measurement is None:
-            assert self._probe is not None
-            is_grouped = self._n_measurements % self.settings.groups_every == 0
-            self._n_measurements += 1
-            self._measurement = Measurement(
-                self._probe,
-                shortcut=self.settings.shortcut,
-                skip_first=self.settings.skip_first,
-                grouped=self._grouped if is_grouped else NOT_GROUPED,
-                sites=self.settings.sites if is_grouped else (),
-            )
-        self._measurement.start(chosen)
+        with self.clock:
+            if self._measurement is None:
+                self._measurement = self._new_measurement()
+            self._measurement.start(chosen)
 
     def stop(self) -> None:
         """Ends the forward pass, if one is being measured."""
         if self._measurement is not None:
-            self._measurement.finish_forward()
-            self._measurement.stop()
+            with self.clock:
+                self._measurement.finish_forward()
+                self._measurement.stop()
 
     def finish(self, *, of_all: bool) -> None:
         """Passes the measurement to the solver; with `of_all`, pooled over all processes, each of
@@ -218,15 +227,16 @@ class Recorder:
             assert self._aside is not None
             assert self._preparation is not None
             self.n_measured += 1
-            with self._aside.work_on(measurement):
-                if of_all:
-                    measurement.reduce()
-                mine = (self._rank, self._n_processes)
-                share: list[Eigenproblem] = [*measurement.eigenproblems(*mine)]
-                share += measurement.group_eigenproblems(*mine)
-                solved = self._solver.submit(due, share)
-            self._preparation.start(measurement.products)
-            self._write(solved)
+            with self.clock:
+                with self._aside.work_on(measurement):
+                    if of_all:
+                        measurement.reduce()
+                    mine = (self._rank, self._n_processes)
+                    share: list[Eigenproblem] = [*measurement.eigenproblems(*mine)]
+                    share += measurement.group_eigenproblems(*mine)
+                    solved = self._solver.submit(due, share)
+                self._preparation.start(measurement.products)
+                self._write(solved)
 
     def drop_due(self) -> None:
         """Gives up the labeled step, whose features will not come."""
@@ -250,9 +260,8 @@ class Recorder:
 
     def wait(self) -> None:
         """Drains, and counts the time as overhead because training waits."""
-        began = time.perf_counter()
-        self.drain()
-        self.seconds += time.perf_counter() - began
+        with self.clock:
+            self.drain()
 
     def abort(self) -> None:
         """Stops reading features, even in the middle of a forward pass."""
@@ -307,9 +316,23 @@ class Recorder:
         self._cadence.load_state_dict(state)
         if self._writer is not None:
             self._writer.latest = state["latest"]
-        self.seconds = state["seconds"]
+        self._seconds_before = state["seconds"] - self.clock.seconds
         self._n_measurements = state.get("n_measurements", 0)  # checkpoints of 0.1 lack it
 
     def _write(self, solved: Iterable[Solved]) -> None:
         assert self._writer is not None
-        self._writer.write(solved)
+        for each in solved:
+            with self.clock:
+                self._writer.write([each])
+
+    def _new_measurement(self) -> Measurement:
+        assert self._probe is not None
+        is_grouped = self._n_measurements % self.settings.groups_every == 0
+        self._n_measurements += 1
+        return Measurement(
+            self._probe,
+            shortcut=self.settings.shortcut,
+            skip_first=self.settings.skip_first,
+            grouped=self._grouped if is_grouped else NOT_GROUPED,
+            sites=self.settings.sites if is_grouped else (),
+        )

@@ -79,5 +79,6 @@ class StepFeatures:
     def _start(self) -> None:
         awaited, self._awaited = self._awaited, None
         if awaited is not None:
-            self._recorder.start(self._choice.of(awaited.batch))
+            with self._recorder.clock:
+                self._recorder.start(self._choice.of(awaited.batch))
             self._is_taking = True

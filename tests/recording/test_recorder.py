@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from torch import nn
 from nerve import FFNAdapter, measure
 from nerve.analysis.load import load_metrics
 from nerve.errors import StoreError
+from nerve.measuring import clock
+from nerve.measuring.eigenproblem import FFNEigenproblem
 from nerve.recording.preparation import Preparation
 from nerve.recording.recorder import Recorder
 from nerve.recording.settings import MonitorSettings
-from nerve.spectra import covariance
+from nerve.spectra import StreamingCovariance, covariance
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 
@@ -102,6 +105,41 @@ def test_a_labeled_step_waits_for_its_features(store):
     recorder.drop_due()
     recorder.finish(of_all=False)
     assert not recorder.is_due
+    recorder.close()
+
+
+def test_the_time_has_all_that_measuring_a_training_step_takes_and_nothing_else(store, monkeypatch):
+    """What takes time: the features, their spectra, the rows; and the model, which does not
+    count."""
+    now = [0.0]
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def slowed(function, seconds):
+        def slow(*args, **kwargs):
+            now[0] += seconds
+            return function(*args, **kwargs)
+
+        return slow
+
+    for kind, name, seconds in (
+        (StreamingCovariance, "update", 1),  # of the input, and of post
+        (FFNEigenproblem, "solve", 10),
+        (RunStore, "flush", 100),
+        (nn.ReLU, "forward", 1000),
+    ):
+        monkeypatch.setattr(kind, name, slowed(getattr(kind, name), seconds))
+    model, recorder = network(), Recorder(MonitorSettings(source="train"), store)
+    recorder.open(ffns(model), CPU, anew=True)
+    recorder.start_validation()
+    recorder.label(7, [])
+    recorder.end_validation()
+    recorder.start()
+    model(batch(0)[0])
+    recorder.stop()
+    recorder.finish(of_all=False)
+    recorder.end_step()
+    recorder.wait()
+    assert (recorder.seconds, now[0]) == (112, 1112)
     recorder.close()
 
 

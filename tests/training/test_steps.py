@@ -1,5 +1,6 @@
 """Features are taken within a step, and the strategy is left as it was."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,7 +37,9 @@ def strategy(events) -> Strategy:
 @pytest.fixture
 def features(events, strategy):
     recorder = SimpleNamespace(
-        start=lambda chosen: events.append(chosen), stop=lambda: events.append("stop")
+        clock=nullcontext(),
+        start=lambda chosen: events.append(chosen),
+        stop=lambda: events.append("stop"),
     )
     choice = SimpleNamespace(of=lambda batch: f"samples of {batch}")
     features = StepFeatures(SimpleNamespace(strategy=strategy), recorder, choice)
@@ -87,7 +90,7 @@ def _then(step, after):
 def test_the_strategy_is_left_as_it_was(events, strategy, raises):
     """Also where other code had wrapped one of its methods, and after a step that failed."""
     strategy.training_step = wrapped = _then(strategy.training_step, lambda: None)
-    recorder = SimpleNamespace(start=events.append, stop=lambda: None)
+    recorder = SimpleNamespace(clock=nullcontext(), start=events.append, stop=lambda: None)
     choice = SimpleNamespace(of=lambda batch: batch)
     features = StepFeatures(SimpleNamespace(strategy=strategy), recorder, choice)
     features.expect("bad")

@@ -1,0 +1,93 @@
+"""The time of blocks of work: each counts once, on the CPU and on a GPU."""
+
+import time
+from contextlib import suppress
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nerve.measuring import clock as module
+from nerve.measuring.clock import UNTIMED, Clock
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def spend(monkeypatch):
+    """Lets time pass for the clock."""
+    now = [0.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def spend(seconds):
+        now[0] += seconds
+
+    return spend
+
+
+def test_a_block_within_another_counts_once(spend):
+    clock = Clock(CPU)
+    with clock:
+        spend(1)
+        with clock:
+            spend(10)
+    spend(100)
+    clock.start()
+    spend(1000)
+    clock.stop()
+    assert clock.seconds == 1011
+
+
+def test_a_block_that_raises_ends(spend):
+    clock = Clock(CPU)
+    with suppress(KeyError), clock:
+        spend(1)
+        raise KeyError
+    spend(10)
+    with clock:
+        spend(100)
+    assert clock.seconds == 101
+
+
+def test_a_function_is_the_same_with_the_time_of_its_calls(spend):
+    def look(a, b):
+        spend(a)
+        return a + b
+
+    clock = Clock(CPU)
+    assert (clock.around(look)(1, 2), clock.seconds) == (3, 1)
+    assert UNTIMED.around(look)(1, 2) == 3
+
+
+def test_compiled_code_has_no_time_and_no_graph_break():
+    clock = Clock(CPU)
+    double = torch.compile(clock.around(lambda x: 2 * x), backend="eager", fullgraph=True)
+    assert double(torch.ones(2)).tolist() == [2, 2]
+    assert clock.seconds == 0
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_it_is_the_time_of_the_kernels_without_a_wait():
+    clock, cycles = Clock(torch.device("cuda")), 200_000_000  # a tenth of a second
+    with clock:
+        torch.cuda._sleep(1)
+    assert clock.seconds < 0.05
+    began = time.perf_counter()
+    with clock:
+        torch.cuda._sleep(cycles)
+    torch.cuda._sleep(cycles)  # not within a block
+    assert time.perf_counter() - began < 0.05
+    assert clock.seconds > 0.05
+    torch.cuda.synchronize()
+    whole = time.perf_counter() - began
+    assert clock.seconds == pytest.approx(whole / 2, rel=0.2)
+
+
+@pytest.mark.cuda
+def test_what_a_graph_captures_has_no_time():
+    clock, x = Clock(torch.device("cuda")), torch.ones(8, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), clock:
+        y = x + 1
+    graph.replay()
+    assert (clock.seconds, y.tolist()) == (0, [2] * 8)
