@@ -70,7 +70,7 @@ class Checkpointing(Checkpoint):
         self._agreement = Agreement()
         self._allowed = self._deadline = math.inf
         self._saved_at = time.monotonic()
-        self._began = time.perf_counter()
+        self._began = 0.0
         self._seconds_before = 0.0
         self._random: list[dict[str, Any]] = []
         self._had_stopped = False
@@ -79,7 +79,7 @@ class Checkpointing(Checkpoint):
 
     @property
     def seconds(self) -> float:
-        """Wall time of training, including the time before the run was resumed."""
+        """Wall time of the fit, including the time before the run was resumed."""
         return self._seconds_before + time.perf_counter() - self._began
 
     # The state of a run that nothing else stores
@@ -113,6 +113,7 @@ class Checkpointing(Checkpoint):
         self._had_stopped = checkpoint.get("should_stop", False)
 
     def setup(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
         self._allowed = take_timers(trainer)
 
     def on_sanity_check_start(self, *args: Any) -> None:

@@ -3,6 +3,7 @@
 import time
 from contextlib import suppress
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -64,6 +65,52 @@ def test_compiled_code_has_no_time_and_no_graph_break():
     double = torch.compile(clock.around(lambda x: 2 * x), backend="eager", fullgraph=True)
     assert double(torch.ones(2)).tolist() == [2, 2]
     assert clock.seconds == 0
+
+
+class Event:
+    """As a GPU's: recorded at once, passed only when the work before it is done."""
+
+    recorded: ClassVar[list["Event"]] = []
+    n_waits = 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self, stream):
+        assert stream == "stream of cuda:1"
+        self.has_passed, self.at_ms = False, 0.0
+        self.recorded.append(self)
+
+    def query(self):
+        return self.has_passed
+
+    def synchronize(self):
+        Event.n_waits += 1
+        for place, each in enumerate(self.recorded):
+            each.has_passed, each.at_ms = True, 1000.0 * 2**place
+
+    def elapsed_time(self, other):
+        assert self.has_passed
+        assert other.has_passed
+        return other.at_ms - self.at_ms
+
+
+def test_on_a_gpu_no_block_waits_and_the_time_has_all_of_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    clock = Clock(torch.device("cuda:1"))
+    for _ in range(2):
+        with clock, clock:
+            pass
+    assert (len(Event.recorded), Event.n_waits) == (4, 0)
+    assert clock.seconds == (2 - 1) + (8 - 4)
+    assert clock.seconds == 5
+    assert Event.n_waits == 1
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with clock:
+        pass
+    assert (clock.seconds, len(Event.recorded)) == (5, 4)
 
 
 @pytest.mark.cuda

@@ -151,6 +151,28 @@ def test_minutes_are_counted_from_the_last_checkpoint(tmp_path, steps_saved, mon
     assert steps_saved == [3, 6, N_STEPS]
 
 
+def test_the_time_of_training_begins_with_the_fit(tmp_path, monkeypatch):
+    """What is prepared before, such as a corpus that is tokenized for the first time, may take
+    longer."""
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=time.monotonic, perf_counter=lambda: now[0])
+    monkeypatch.setattr("nerve.training.checkpoint_callback.time", clock)
+
+    made = Checkpointing.__init__
+
+    def make(*args):
+        made(*args)
+        now[0] += 1000
+
+    class Slow(L.Callback):
+        def on_train_batch_end(self, *args):
+            now[0] += 1
+
+    monkeypatch.setattr(Checkpointing, "__init__", make)
+    _, saving = fit(tmp_path, CheckpointCadence(), (1.0,) * N_STEPS, callbacks=(Slow(),))
+    assert saving.seconds == N_STEPS
+
+
 @pytest.mark.parametrize("every", [None, 3])
 def test_steps_of_several_processes_wait_for_no_device_and_seldom_for_each_other(
     tmp_path, steps_saved, monkeypatch, every
