@@ -49,9 +49,8 @@ class RunRows:
         for key in completed_keys(config) if completes else config:
             row |= self._leaves_of(config, key, completes)
         own = leaves(own_values(record))
-        for name in row.keys() & own.keys() - {"seed"}:  # such as `device`, in a caller's
-            if row[name] != own[name]:
-                row[CONFIGURED + name] = row[name]
+        for name in row.keys() & own.keys() - {"seed"}:  # such as a caller's `device`
+            row[CONFIGURED + name] = row[name]
         row |= own
         record.config = {}
         columns = self._columns
