@@ -1,11 +1,11 @@
 """Lightning's launcher, with processes of a line of Python in place of those of the command."""
 
-import os
 import subprocess
 import sys
+from unittest.mock import patch
 
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher, subprocess_script
 
 IGNORES = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
 """Before `WAITS`: only a kill ends it."""
@@ -21,10 +21,14 @@ class Launcher(_SubprocessScriptLauncher):
         self.codes = codes
 
     def _call_children_scripts(self) -> None:
-        os.environ["LOCAL_RANK"] = "0"
-        for code in self.codes:
-            command = [sys.executable, "-c", code]
-            self.procs.append(subprocess.Popen(command, stdout=subprocess.PIPE))
+        waiting = iter(self.codes)
+
+        def start(command: object, **how: object) -> "subprocess.Popen[bytes]":
+            return popen([sys.executable, "-c", next(waiting)], stdout=subprocess.PIPE, **how)
+
+        popen = subprocess.Popen
+        with patch.object(subprocess_script.subprocess, "Popen", start):
+            super()._call_children_scripts()
         for each in self.procs:
             assert each.stdout is not None
             assert each.stdout.readline() == b"\n"

@@ -69,7 +69,7 @@ class PlainArguments(logging.Handler):
         assert not kept, f"{record.name} logs {kept} by itself, where its text is enough"
 
 
-LOGGERS = (None, "lightning", "lightning.pytorch", "nerve")
+LOGGERS = (None, "lightning", "lightning.fabric", "lightning.pytorch", "nerve")
 """Those whose level a command sets."""
 
 

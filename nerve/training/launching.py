@@ -51,7 +51,7 @@ class Children:
     """The processes of a run that this one starts: none before `start`."""
 
     def __init__(self) -> None:
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._launcher: _SubprocessScriptLauncher | None = None
 
     def start(self, launcher: _SubprocessScriptLauncher) -> None:
         """Starts them, which do not take Ctrl-C before they call `take_ctrl_c`.
@@ -59,7 +59,7 @@ class Children:
         Args:
             launcher: starts the same command once for each further device of this node.
         """
-        self._processes = launcher.procs
+        self._launcher = launcher
         with _as_parent():
             launcher._call_children_scripts()
 
@@ -87,6 +87,10 @@ class Children:
                 for each in self._processes:
                     each.kill()  # does nothing to one that has ended
         return len(self._processes)
+
+    @property
+    def _processes(self) -> list[subprocess.Popen[bytes]]:
+        return self._launcher.procs if self._launcher else []  # it makes a new list when it starts
 
     def leave_to_lightning(self) -> None:
         """From now on, Lightning ends this process and the others if one of them fails, as it
