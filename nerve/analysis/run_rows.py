@@ -20,6 +20,9 @@ from nerve.storage.record import RunRecord
 
 TIMES = ("started", "heartbeat", "ended")
 
+CONFIGURED = "config."
+"""Prefix of a configuration leaf that has the name of a field of the record."""
+
 _INEXACT = 2**53
 """From here on, not every integer is a float."""
 
@@ -45,8 +48,10 @@ class RunRows:
         row: dict[str, Any] = {}
         for key in completed_keys(config) if completes else config:
             row |= self._leaves_of(config, key, completes)
-        # The record's own fields (seed) take precedence over configuration keys of the same name.
-        row |= leaves(own_values(record))
+        own = leaves(own_values(record))
+        for name in row.keys() & own.keys() - {"seed"}:  # such as a caller's `device`
+            row[CONFIGURED + name] = row[name]
+        row |= own
         record.config = {}
         columns = self._columns
         for name, value in row.items():

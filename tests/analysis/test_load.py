@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 import warnings
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nerve.analysis import gather, run_rows
+from nerve.analysis.factors import find_factors
 from nerve.analysis.flags import flag_runs
 from nerve.analysis.load import Runs, load_metrics, load_runs, load_scalars, load_spectra
 from nerve.errors import ConfigError, StoreError
@@ -335,6 +337,20 @@ def test_a_value_with_the_name_of_a_result_is_a_factor_inside_a_group(tmp_path, 
         load_metrics(tmp_path, factors=["lr"])
     assert set(load_scalars(tmp_path, factors=["lr"])["lr"]) == {1e-4, 2e-4}
     assert set(load_metrics(tmp_path, factors=["optimizer.lr"])["optimizer.lr"]) == {1e-4, 2e-4}
+
+
+def test_a_value_with_the_name_of_a_recorded_one_is_beside_it_and_is_a_factor(tmp_path, make_run):
+    """`device` is in many a configuration."""
+    for host in ("a", "b"):
+        config = {"device": "cuda", "host": host, "final": {"x": 1}, "config": {"x": 2}}
+        make_run(tmp_path / host, config)
+    runs = load_runs(tmp_path)
+    assert runs["device"].isna().all()
+    assert runs["config.device"].tolist() == ["cuda", "cuda"]
+    assert runs["config.host"].tolist() == ["a", "b"]
+    assert (runs["host"] == socket.gethostname()).all()
+    assert runs["final.x"].tolist() == [1, 1]
+    assert find_factors(runs).varying == ("config.host",)
 
 
 def test_reading_needs_no_torch(tmp_path, make_run):
