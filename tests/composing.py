@@ -5,12 +5,13 @@ of a second, because it parses thirty files, finds those that apply and merges t
 applies overrides of values each time. Folders that a test creates are read each time.
 
 Hydra also copies all structured configuration that is registered for each composition, which took a
-tenth of the tests of the command, and parses each override anew.
+tenth of the tests of the command, and parses each override anew. And copying a configuration takes
+as long for what its nodes are as for what they hold.
 """
 
 import copy
 import functools
-import pickle
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from hydra.core.default_element import InputDefault, ResultDefault
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.base import Metadata
 
 from nerve.cli.config.compose import CONF, SWEEPS
 
@@ -40,7 +42,7 @@ begin_caching = CachingConfigRepository.__init__
 parse = OverridesParser.parse_rule
 
 _defaults: dict[Any, DefaultsList] = {}
-_composed: dict[Any, bytes] = {}
+_composed: dict[Any, DictConfig] = {}
 
 
 def remember() -> None:
@@ -51,18 +53,17 @@ def remember() -> None:
     ConfigLoaderImpl._compose_config_from_defaults_list = compose_once
     CachingConfigRepository.__init__ = begin_caching_in_place
     OverridesParser.parse_rule = parse_once
+    Metadata.__deepcopy__ = copy_metadata
 
 
-@functools.cache
-def _parsed(path: str) -> bytes:
-    return pickle.dumps(load(path))
+_parsed = functools.cache(load)
 
 
 def load_once(file: str | Path | IO[Any]) -> Any:
     """A cached `OmegaConf.load`."""
     path = Path(getattr(file, "name", file))
     if any(folder in path.parents for folder in SHIPPED):
-        return pickle.loads(_parsed(str(path)))
+        return copy.deepcopy(_parsed(str(path)))
     return load(file)
 
 
@@ -117,9 +118,8 @@ def compose_once(
         return compose_defaults(self, list(defaults), repo)
     key = (places, tuple(map(repr, defaults)))
     if key not in _composed:
-        _composed[key] = pickle.dumps(compose_defaults(self, list(defaults), repo))
-    config: DictConfig = pickle.loads(_composed[key])
-    return config
+        _composed[key] = compose_defaults(self, list(defaults), repo)
+    return copy.deepcopy(_composed[key])
 
 
 def begin_caching_in_place(self: CachingConfigRepository, delegate: IConfigRepository) -> None:
@@ -137,3 +137,14 @@ def parse_once(self: OverridesParser, text: str, rule_name: str) -> Any:
 @functools.cache
 def _parsed_rule(text: str, rule_name: str) -> Any:
     return parse(OverridesParser.create(), text, rule_name)
+
+
+def copy_metadata(self: Metadata, memo: dict[int, Any]) -> Metadata:
+    """`copy.deepcopy`, without a look into types, which it keeps as they are."""
+    copied = object.__new__(type(self))
+    flags = None if self.flags is None else self.flags.copy()
+    resolved = (
+        copy.deepcopy(self.resolver_cache, memo) if self.resolver_cache else defaultdict(dict)
+    )
+    copied.__dict__ |= self.__dict__ | {"flags": flags, "resolver_cache": resolved}
+    return copied

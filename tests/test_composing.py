@@ -1,5 +1,6 @@
 """The cached composition in tests equals that of Hydra."""
 
+from copy import deepcopy
 from unittest import mock
 
 import composing
@@ -10,7 +11,8 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import Container, DictConfig, OmegaConf
+from omegaconf.base import Metadata
 from support import composed, hydra_at_conf
 
 COMMANDS = [
@@ -38,6 +40,7 @@ def by_hydra(monkeypatch):
             patch.setattr(ConfigLoaderImpl, name, composing.compose_defaults)
             patch.setattr(CachingConfigRepository, "__init__", composing.begin_caching)
             patch.setattr(OverridesParser, "parse_rule", composing.parse)
+            patch.delattr(Metadata, "__deepcopy__")
             return function()
 
     return call
@@ -72,6 +75,23 @@ def test_what_was_composed_is_the_callers_own():
     first = composed()
     first.optimizer.lr = 7
     assert composed().optimizer.lr != 7
+
+
+def all_metadata(node) -> list[Metadata]:
+    """Those of a node and of all nodes in it."""
+    content = node._content if isinstance(node, Container) else ()
+    children = content.values() if isinstance(content, dict) else content or ()
+    return [node._metadata, *(each for child in children for each in all_metadata(child))]
+
+
+def test_a_copy_of_a_configuration_is_that_of_the_standard_library(by_hydra):
+    config: DictConfig = composed("hydra/launcher=slurm", with_hydra=True)
+    expected = by_hydra(lambda: deepcopy(config))
+    copied = deepcopy(config)
+    assert all_metadata(copied) == all_metadata(expected)
+    assert len(all_metadata(copied)) > 200
+    OmegaConf.set_readonly(copied, True)
+    assert not OmegaConf.is_readonly(config)
 
 
 def test_a_folder_of_a_test_is_read_each_time(tmp_path):

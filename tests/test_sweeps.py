@@ -290,8 +290,9 @@ def test_no_two_trials_of_both_scales_define_the_same_result(name):
 @every_scale
 def test_every_trial_builds_at_its_full_size_and_is_measured_on_the_same_tokens(name, scale):
     n_tokens, widths = set(), set()
-    for trial in composed(name, scale).trials:
-        model = on_meta(values_of(trial))
+    sweep = composed(name, scale)
+    for trial, values in zip(sweep.trials, sweep.values, strict=True):
+        model = on_meta(values)
         optimizer_of(trial, model)
         widths |= {ffn.post.in_features for ffn in find_ffns(model)}
         n_tokens.add(trial.monitor.n_tokens)
@@ -308,8 +309,9 @@ def test_every_trial_builds_at_its_full_size_and_is_measured_on_the_same_tokens(
 @every_sweep
 @every_scale
 def test_every_trial_takes_two_training_steps(name, scale):
-    for trial in composed(name, scale).trials:
-        train_two_steps(trial, shrunk(values_of(trial), scale))
+    sweep = composed(name, scale)
+    for trial, values in zip(sweep.trials, sweep.values, strict=True):
+        train_two_steps(trial, shrunk(values, scale))
 
 
 @every_sweep
@@ -410,9 +412,11 @@ def test_the_commands_in_the_headers_find_the_runs_of_the_study_done(place, monk
     assert all(trial.is_to_do == (trial.state_before == RunState.NEW) for trial in sweep.found)
     stored = StoredRuns()
     runs = []
-    for trial in sweep.trials:
+    for trial in map(deepcopy, sweep.trials):
         for seed in sweep.seeds:
-            config_id = identity(with_values(trial, [f"seed={seed}"]))
+            with read_write(trial):
+                trial.seed = seed
+            config_id = identity(trial)
             runs.append(stored.run_of(stored.at(RUNS / place / config_id), config_id))
     assert {trial.directory for trial in sweep.found} <= {run.path for run in runs}
     found = Counter(run.state for run in runs)

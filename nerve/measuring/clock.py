@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -31,9 +32,10 @@ class Clock:
     @property
     def seconds(self) -> float:
         """The time of all blocks that have ended; waits until the device has done their work."""
-        if self._passing:
-            self._passing[-1][1].synchronize()
-            self._read()
+        for event in chain.from_iterable(self._passing):
+            if not event.query():
+                event.synchronize()
+        self._read()
         return self._seconds
 
     def __enter__(self) -> Self:
@@ -84,7 +86,8 @@ class Clock:
         return event
 
     def _read(self) -> None:
-        while self._passing and self._passing[0][1].query():
+        # Both are asked: the second may be in another stream.
+        while self._passing and all(event.query() for event in self._passing[0]):
             began, ended = self._passing.popleft()
             self._seconds += began.elapsed_time(ended) / 1000
 

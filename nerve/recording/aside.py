@@ -80,11 +80,6 @@ class Pace:
         if self._is_kept:
             sleep_while_waiting(device)
 
-    def catch_up(self) -> None:
-        """Waits for the steps that the GPU still has to do, so that what follows is timed alone."""
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
-
     def end_step(self) -> None:
         """Must be called once all work of a step has been queued on the device."""
         if not self._is_kept:

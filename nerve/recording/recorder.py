@@ -173,8 +173,6 @@ class Recorder:
 
     def start_validation(self, *, is_split: bool = False) -> None:
         """Starts a new pass over the held-out set; `is_split` is explained at the property."""
-        if self._pace is not None:
-            self._pace.catch_up()
         if not self._is_validating:
             self._is_validating = True
             self.clock.start()

@@ -95,11 +95,34 @@ class Event:
         return other.at_ms - self.at_ms
 
 
-def test_on_a_gpu_no_block_waits_and_the_time_has_all_of_them(monkeypatch):
+@pytest.fixture
+def on_gpu(monkeypatch):
+    monkeypatch.setattr(Event, "recorded", [])
+    monkeypatch.setattr(Event, "n_waits", 0)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    clock = Clock(torch.device("cuda:1"))
+    return Clock(torch.device("cuda:1"))
+
+
+def test_a_block_whose_end_passes_before_its_beginning_is_read_later(on_gpu):
+    """They may be in two streams; the time between events that have not both passed is an error."""
+    with on_gpu:
+        pass
+    began, ended = Event.recorded
+    ended.has_passed, ended.at_ms = True, 5000.0
+    with on_gpu:
+        pass
+    began.has_passed, began.at_ms = True, 2000.0
+    with on_gpu:
+        pass
+    for event in Event.recorded[2:]:
+        event.has_passed = True
+    assert (on_gpu.seconds, Event.n_waits) == (3, 0)
+
+
+def test_on_a_gpu_no_block_waits_and_the_time_has_all_of_them(monkeypatch, on_gpu):
+    clock = on_gpu
     for _ in range(2):
         with clock, clock:
             pass

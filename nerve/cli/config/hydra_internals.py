@@ -2,6 +2,7 @@
 
 - `ConfigLoaderImpl` and `apply_overrides`: `Composer` composes the options of trials once and then
   only applies values, which Hydra does itself for each composition.
+- `repository_of`: what `get_group_options` asks and creates anew for each group.
 - `overrides_dirname`: the value of `hydra.job.override_dirname`, which depends on these values.
 - `Callbacks`: `run_job` needs them in a trial's own process.
 - `plugin_classes`: Hydra finds plugins only in the namespace package `hydra_plugins`, which nerve
@@ -23,6 +24,7 @@ try:
     from hydra._internal.config_loader_impl import get_overrides_dirname as overrides_dirname
 
     apply_overrides = ConfigLoaderImpl._apply_overrides_to_config
+    repository_of = ConfigLoaderImpl._parse_overrides_and_create_caching_repo
     Plugins.instance().class_name_to_class  # noqa: B018 - whether it exists
     if "_return_value" not in JobReturn.__dataclass_fields__:
         raise AttributeError("JobReturn has no _return_value")
@@ -39,6 +41,7 @@ __all__ = [
     "error_of",
     "overrides_dirname",
     "plugin_classes",
+    "repository_of",
 ]
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from nerve.cli.config.hydra_internals import (
     ConfigLoaderImpl,
     apply_overrides,
     overrides_dirname,
+    repository_of,
 )
 from nerve.cli.sweep.stored import StoredRuns
 from nerve.config import require
@@ -221,16 +223,20 @@ class Composer:
         job.override_dirname = overrides_dirname(own, **job.config.override_dirname)
         return composed
 
+    @cached_property
+    def _repository(self) -> Any:
+        """All options that there are, also those of `hydra.searchpath`."""
+        hydra = self._config.hydra
+        given: Any = OmegaConf.to_container(hydra.overrides.hydra)  # with ${…} as it is
+        return repository_of(self._loader, hydra.job.config_name, given)[1]
+
     def _is_value(self, override: Override) -> bool:
         """Whether it sets a value of the application, after options have been merged."""
         if override.is_hydra_override():
             return False
         key = override.key_or_group
         if key not in self._groups:
-            hydra = self._config.hydra
-            given: Any = OmegaConf.to_container(hydra.overrides.hydra)  # with ${…} as it is
-            options = self._loader.get_group_options(key, None, hydra.job.config_name, given)
-            self._groups[key] = bool(options)
+            self._groups[key] = bool(self._repository.get_group_options(key, None))
         return not self._groups[key] or isinstance(override.value(), dict)
 
 
