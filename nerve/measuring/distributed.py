@@ -20,6 +20,11 @@ from torch.distributed import distributed_c10d
 
 from nerve.errors import NotGatheredError, StoreError
 
+_TOGETHER = "The processes of a run must all continue together"
+
+_GLOO = "/gloo/"
+"""A part of the messages of gloo, whose errors have no type of their own."""
+
 BELIEVED_AFTER_S = 30.0
 """How long to keep waiting for a process that has left: it may return if its error was caught."""
 
@@ -113,13 +118,37 @@ def leave(error: BaseException) -> None:
 
 
 @contextmanager
+def knowing_others() -> Iterator[None]:
+    """Explains an error of a collective within the block by the error of the process that stopped
+    first, of which torch knows only that its connection was closed.
+
+    Raises:
+        NotGatheredError: in place of the error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if n_processes() == 1 or not (isinstance(error, dist.DistError) or _GLOO in str(error)):
+            raise
+        reported = str(error).split("\n", 1)[0].rstrip(".")
+        told = f"torch reports: {reported}. The output of the others may say why"
+        with suppress(RuntimeError):  # from a store whose process has exited
+            store = _store()
+            for other in (each for each in range(n_processes()) if each != rank()):
+                if store.check([f"left/{other}"]):
+                    told = _stopped(store, other)
+                    break
+        raise NotGatheredError(f"{_TOGETHER}; {told}") from error
+
+
+@contextmanager
 def _reached() -> Iterator[None]:
     """Explains the error if the store, which the first process hosts, cannot be reached."""
     try:
         yield
     except RuntimeError as error:  # errors of torch.distributed are of this type
         raise NotGatheredError(
-            "The processes of a run must all continue together; the first process cannot be "
+            f"{_TOGETHER}; the first process cannot be "
             f"reached or has ended without an error message: {str(error).splitlines()[0]}"
         ) from error
 
@@ -153,17 +182,18 @@ def _require_there(store: dist.Store, keys: Mapping[int, str], *, is_over: bool)
     missing = [other for other, key in keys.items() if not store.check([key])]
     for other in missing:
         if store.check([f"left/{other}"]):
-            told = pickle.loads(store.get(f"left/{other}"))
-            raise NotGatheredError(
-                f"The processes of a run must all continue together; process {other} has stopped: "
-                f"{told}"
-            )
+            raise NotGatheredError(f"{_TOGETHER}; {_stopped(store, other)}")
     if is_over and missing:
         raise NotGatheredError(
-            f"The processes of a run must all continue together; {', '.join(map(str, missing))} "
+            f"{_TOGETHER}; {', '.join(map(str, missing))} "
             f"did not come within {_timeout_of(store)}. See their logs; if they are only slow, "
             "increase the timeout of the process group."
         )
+
+
+def _stopped(store: dist.Store, other: int) -> str:
+    """What a process that has left says about it."""
+    return f"process {other} has stopped: {pickle.loads(store.get(f'left/{other}'))}"
 
 
 def _put(store: dist.Store, key: str, value: Any) -> None:

@@ -15,7 +15,15 @@ from processes import together
 
 from nerve.errors import NotGatheredError, StoreError
 from nerve.measuring import distributed
-from nerve.measuring.distributed import Mailbox, gathered, highest, leave, own_part, rank
+from nerve.measuring.distributed import (
+    Mailbox,
+    gathered,
+    highest,
+    knowing_others,
+    leave,
+    own_part,
+    rank,
+)
 
 CPU = torch.device("cpu")
 
@@ -123,6 +131,42 @@ def test_waiting_for_mail_of_a_process_that_has_left_raises_with_its_reason(two)
     error = two(process)[0]
     assert isinstance(error, NotGatheredError)
     assert "process 1 has stopped: RuntimeError: gone" in str(error)
+
+
+CLOSED = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:5] Connection closed")
+
+
+@pytest.mark.parametrize("error", [CLOSED, dist.DistBackendError("NCCL error: remote")])
+@pytest.mark.parametrize("has_left", [True, False])
+def test_a_collective_that_another_process_has_left_raises_with_its_reason(two, has_left, error):
+    """Or without one, if it was killed. A reason of this process itself is not one."""
+
+    def process(index: int) -> object:
+        if index == 1:
+            return leave(ValueError("no more")) if has_left else None
+        time.sleep(0.02)
+        leave(error)
+        with knowing_others():
+            raise error
+
+    raised = two(process)[0]
+    assert isinstance(raised, NotGatheredError)
+    assert raised.__cause__ is error
+    reason = (
+        "process 1 has stopped: ValueError: no more" if has_left else f"torch reports: {error}."
+    )
+    assert reason in str(raised)
+
+
+def test_other_errors_are_raised_as_they_are_even_if_another_process_has_left(two):
+    own = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    def process(index: int) -> object:
+        leave(own)
+        with knowing_others():
+            raise own
+
+    assert two(process) == [own, own]
 
 
 def test_a_process_that_has_left_may_return(two, monkeypatch):

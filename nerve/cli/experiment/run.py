@@ -33,6 +33,7 @@ from nerve.cli.experiment.summary import final_scores, finish, objective_of
 from nerve.config import pasted
 from nerve.errors import DataError, StoreError, noted
 from nerve.files import remove_temporaries
+from nerve.measuring.distributed import knowing_others
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
@@ -162,7 +163,7 @@ def _run(
     log_configuration(trainer, plan)
     gathering.before(trainer)
     try:
-        with explained(run):
+        with explained(run), knowing_others():
             trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None)
     except BaseException as error:
         with noted(error):

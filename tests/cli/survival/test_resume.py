@@ -268,6 +268,30 @@ def test_two_processes_stop_at_the_same_step_even_if_one_got_the_signal(
     assert output.count("which failed with an error") == 2, output
 
 
+FAILING = """
+import lightning as L
+
+class Fail(L.Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if (trainer.global_rank, batch_idx) == (1, 1):
+            raise ValueError("of the second")
+"""
+
+
+def test_the_first_process_records_why_another_one_has_failed(small, tmp_path):
+    """It waits in a collective, of which torch says no more than that a connection was closed."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    two += ["trainer.precision=32-true", "+callbacks.fail._target_=failing.Fail"]
+    where = {"PYTHONPATH": str(tmp_path)}
+    statuses, output = ranks(2, [*small, *two, "hydra.run.dir=it"], tmp_path, **where)
+    assert statuses == [1, 1], output
+    record = RunRecord.load(tmp_path / "it")
+    assert record.run_status == "failed"
+    assert record.error["type"] == "NotGatheredError"
+    assert "process 1 has stopped: ValueError: of the second" in record.error["message"]
+
+
 def test_the_pre_activations_are_scaled_only_once(
     experiment, stop_at, go_on, assert_same, monkeypatch, tmp_path
 ):
