@@ -6,9 +6,11 @@ import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from processes import ranks
 from support import TINY_RUN
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -210,6 +212,15 @@ def test_processes_monitor_the_same_means(tmp_path):
     events = EventAccumulator(str(directory / "logs" / "tensorboard")).Reload()
     shown = {event.step: event.value for event in events.Scalars("ffn/mean/js")}
     assert shown == pytest.approx(measured("ffn/mean/js", directory), rel=1e-6)
+
+
+def test_lightning_says_why_it_ends_all_processes_of_a_run(run, monkeypatch, caplog):
+    """It kills them, so nothing else can."""
+    monkeypatch.setattr(_ChildProcessObserver, "_terminate_all", lambda _: None)
+    assert run(*TINY)[0] == 0
+    failed = SimpleNamespace(pid=7, returncode=1, poll=lambda: 1)
+    assert _ChildProcessObserver(1, [failed])._run()
+    assert "Child process with PID 7 terminated with code 1" in caplog.text
 
 
 def test_an_unknown_name_to_monitor_is_refused_with_the_known_ones(run):

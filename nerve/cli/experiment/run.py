@@ -65,7 +65,8 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
         Interrupted: when a signal asked it to stop; it is recorded as interrupted.
     """
     plan = Plan.of(config)
-    for name in ("lightning.fabric", "lightning.pytorch"):
+    # What launches processes may say why it ends all of them.
+    for name in ("lightning.fabric.utilities", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (".*LeafSpec", ".*`srun` command is available"):  # Lightning's
         warnings.filterwarnings("ignore", message=message)
