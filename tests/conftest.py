@@ -33,6 +33,10 @@ for _signum, _handler in (
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+# Before NumPy is imported: several processes run tests, and threads that wait for the others of a
+# product keep a core busy. Torch gets one thread in shared.py.
+cores.multiply_in_one_thread()
+
 TOGETHER = {
     "tests/slurm/": "cluster",
     "tests/test_docs.py": "trained_runs",
