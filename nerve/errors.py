@@ -51,6 +51,10 @@ class NotGatheredError(NerveError):
     """Another process of the run failed to start or ended, with or without a reason."""
 
 
+class StoppedError(NotGatheredError):
+    """Another process of the run was asked to stop, and has stopped."""
+
+
 @contextmanager
 def noted(error: BaseException) -> Iterator[None]:
     """Adds an exception raised within the `with` block to `error` as a note, because `error` is

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 
 from nerve.measuring.accumulator import SITES, Accumulator, Side
-from nerve.measuring.distributed import gathered, shared_from
+from nerve.measuring.collectives import shared_from
+from nerve.measuring.distributed import gathered
 from nerve.measuring.exchange import OfCovariance, OfShares, exchange
 from nerve.measuring.parts import Key
 from nerve.spectra.covariance import Tally

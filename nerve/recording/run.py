@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from numbers import Integral
 from typing import Any, NamedTuple
 
-from nerve.errors import StoreError, noted
+from nerve.errors import StoppedError, StoreError, noted
 from nerve.measuring.distributed import gathered, leave, rank
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
@@ -107,7 +107,7 @@ def _begun(
 
 
 def _end(run: RecordedRun, error: BaseException) -> None:
-    interrupted = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit)
+    interrupted = isinstance(error, StoppedError) or not isinstance(error, Exception)
     with noted(error):  # the record is still written if the rows cannot be
         run.store.flush(run.record.step)
     try:

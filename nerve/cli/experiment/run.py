@@ -3,6 +3,7 @@
 import logging
 import os
 import warnings
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -31,7 +32,7 @@ from nerve.cli.experiment.plan import Plan
 from nerve.cli.experiment.start import is_done, start
 from nerve.cli.experiment.summary import final_scores, finish, objective_of
 from nerve.config import pasted
-from nerve.errors import DataError, StoreError, noted
+from nerve.errors import DataError, NotGatheredError, StoreError, noted
 from nerve.files import remove_temporaries
 from nerve.measuring.distributed import knowing_others
 from nerve.storage.directory import RunDirectory
@@ -112,6 +113,7 @@ def _lead(
         with heartbeat:
             _run(plan, run, record, signals, heartbeat, gathering)
     except BaseException as error:
+        signals.hold()
         if record.run_status != "done":  # otherwise something failed after the run
             _record_end(record, error)
         if isinstance(error, Interrupted):
@@ -123,8 +125,14 @@ def _lead(
         signals.stop()
 
 
+def _give_up(record: RunRecord | None, error: NotGatheredError) -> None:
+    """Says and records that a run fails whose main thread waits for a process that has failed."""
+    os.write(2, f"nerve-run: {error}\n".encode())  # sys.stderr may be in the middle of a write
+    if record:
+        _record_end(record, error)
+
+
 def _record_end(record: RunRecord, error: BaseException) -> None:
-    # Lightning turns Ctrl-C into SystemExit.
     interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
     try:
         record.finish("interrupted" if interrupted else "failed", error=error)
@@ -164,7 +172,12 @@ def _run(
     log_configuration(trainer, plan)
     gathering.before(trainer)
     try:
-        with explained(run), knowing_others():
+        with (
+            signals.of_all(),
+            explained(run),
+            gathering.watching(partial(_give_up, record)) as exits,
+            knowing_others(exits),
+        ):
             trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None)
     except BaseException as error:
         with noted(error):

@@ -124,9 +124,10 @@ def test_after_a_second_ctrl_c_the_run_resumes_from_its_last_checkpoint(
     arguments = [*tiny, "trainer.accumulate_grad_batches=2", "checkpoint.every_n_steps=1"]
     assert run(*arguments, "hydra.run.dir=whole")[0] == 0
     stop_at(4, signal.SIGINT, from_then_on=True)
-    assert run(*arguments)[0] == 1
+    assert run(*arguments)[0] == 130
     record = RunRecord.load("mine")
     assert (record.run_status, record.step) == ("interrupted", 2)
+    assert record.error == {"type": "Interrupted", "message": "stopped by SIGINT"}
     go_on()
     assert run(*arguments)[0] == 0
     assert_same("whole", "mine")
