@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -33,7 +34,8 @@ def launched(arguments: Sequence[str], cwd: Path, **environment: str) -> Any:
 
 
 def _launch(arguments: list[str]) -> None:
-    with patch.object(subprocess_script.subprocess, "Popen", _Forked):
+    # Others also start processes, such as git.
+    with patch.object(subprocess_script, "subprocess", SimpleNamespace(Popen=_Forked)):
         _nerve_run(arguments)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from nerve.errors import StoreError
 from nerve.files import as_store_error, require_there, write_atomically
+from nerve.storage.columns import require_distinct
 from nerve.storage.identity import Canonical, ids_of_plain, new_run_id
 from nerve.storage.json_values import canonical_json, from_json, to_json
 from nerve.storage.provenance import git_commit, package_versions
@@ -121,7 +122,9 @@ class RunRecord:
 
         Raises:
             StoreError: if the directory already holds a run, or cannot be written.
+            ConfigError: if two values of the configuration would have the same name.
         """
+        require_columns(config)
         path = Path(directory) / RECORD_NAME
         if path.exists():
             raise StoreError(
@@ -220,6 +223,7 @@ class RunRecord:
             StoreError: for an unknown or immutable field, an invalid value, a directory that was
                 deleted or now belongs to another run, or a failed write; the record is then
                 unchanged.
+            ConfigError: if two values of the configuration would have the same name.
         """
         names = [entry.name for entry in fields(self) if entry.name not in FIXED]
         unknown = sorted(changes.keys() - set(names))
@@ -229,6 +233,7 @@ class RunRecord:
                 f"{', '.join(unknown)}. Put other values into final or job."
             )
         if isinstance(changes.get("config"), Mapping):  # anything else is rejected below
+            require_columns(changes["config"])
             ids = ids_of_plain(to_json(changes["config"]))
             changes["config_id"], changes["design_id"] = ids
         with _UPDATING:
@@ -282,6 +287,12 @@ class RunRecord:
 _WRITTEN = frozenset(entry.name for entry in fields(RunRecord)) - {"directory", "design_id"}
 _READ = _WRITTEN - {"config_id"}
 """The fields that are read from a file; the others are determined anew."""
+
+
+def require_columns(config: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` if two values of a configuration would have the same name, in its file
+    or as a column of `load_runs`."""
+    require_distinct(config, {entry.name for entry in fields(RunRecord)})
 
 
 def _now() -> str:

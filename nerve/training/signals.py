@@ -110,6 +110,7 @@ class StopSignals(SignalsHandled):
         super().__init__()
         self._deferred = False
         self._is_held = False
+        self._raised: Interrupted | None = None
         self._is_handed_on = False
 
     def __exit__(self, *exception: object) -> None:
@@ -134,14 +135,19 @@ class StopSignals(SignalsHandled):
     @contextmanager
     def of_all(self) -> Iterator[None]:
         """Within the block, this process is also interrupted if another one was asked to stop; and
-        if it was itself asked to, the end of another one is part of that.
+        if it was itself asked to, the end of another one is part of that, and so is any error after
+        a signal has interrupted it at once: torch replaces an exception in the middle of a file.
 
         Raises:
-            Interrupted: in place of the error that another process has ended.
+            Interrupted: in place of the error.
         """
         try:
             yield
-        except NotGatheredError as error:
+        except Exception as error:
+            if self._raised is not None:
+                raise self._raised from error
+            if not isinstance(error, NotGatheredError):
+                raise
             if self._received:
                 raise Interrupted.by(self._received[0]) from error
             if isinstance(error, StoppedError):
@@ -189,7 +195,8 @@ class StopSignals(SignalsHandled):
             return
         if is_second or not self._deferred:
             self._is_held = is_second
-            raise Interrupted.by(signum, at_once=is_second)
+            self._raised = Interrupted.by(signum, at_once=is_second)
+            raise self._raised
         more = " (press Ctrl-C again to exit immediately)" if signum == signal.SIGINT else ""
         text = f"\n{signal.Signals(signum).name}: stopping at the end of this step{more}\n"
         os.write(2, text.encode())  # sys.stderr may be in the middle of a write

@@ -54,6 +54,26 @@ def test_a_second_ctrl_c_ends_at_once_and_a_third_changes_nothing(capfd):
         send(signal.SIGTERM)
 
 
+@pytest.mark.parametrize("is_deferred", [False, True])
+def test_an_error_in_what_a_signal_has_interrupted_is_part_of_that(is_deferred):
+    """torch.save, in the middle of a file: `unexpected pos 21440 vs 21334`."""
+
+    def save() -> None:
+        try:
+            send(signal.SIGINT)
+            send(signal.SIGINT)
+        finally:
+            raise RuntimeError("unexpected pos")
+
+    with StopSignals() as asked:
+        if is_deferred:
+            asked.defer()
+        with pytest.raises(Interrupted, match="stopped by SIGINT") as raised, asked.of_all():
+            save()
+    assert raised.value.at_once is is_deferred
+    assert str(raised.value.__cause__) == "unexpected pos"
+
+
 def test_signals_that_are_held_are_only_noted():
     with StopSignals() as asked:
         asked.hold()

@@ -34,7 +34,7 @@ from nerve.cli.experiment.summary import final_scores, finish, objective_of
 from nerve.config import pasted
 from nerve.errors import DataError, NotGatheredError, StoreError, noted
 from nerve.files import remove_temporaries
-from nerve.measuring.distributed import knowing_others
+from nerve.measuring.distributed import knowing_others, leave
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
@@ -97,8 +97,11 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
 def _follow(plan: Plan, run: RunDirectory, signals: StopSignals, gathering: Gathering) -> float:
     """Runs a process that does not record the run."""
     try:
-        return _run(plan, run, None, signals, None, gathering)
+        with signals.of_all():
+            return _run(plan, run, None, signals, None, gathering)
     except Interrupted as interrupted:
+        signals.hold()
+        leave(interrupted)  # if a second signal came before the fit could say so
         signals.hand_on()
         # A launcher takes another exit status of a process that it started for a crash.
         raise SystemExit(0) from interrupted
@@ -110,7 +113,7 @@ def _lead(
     """Runs the process that records how the run ends."""
     heartbeat = Heartbeat(record)
     try:
-        with heartbeat:
+        with heartbeat, signals.of_all():
             _run(plan, run, record, signals, heartbeat, gathering)
     except BaseException as error:
         signals.hold()
@@ -173,7 +176,6 @@ def _run(
     gathering.before(trainer)
     try:
         with (
-            signals.of_all(),
             explained(run),
             gathering.watching(partial(_give_up, record)) as exits,
             knowing_others(exits),
