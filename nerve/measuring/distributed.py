@@ -35,8 +35,20 @@ _PAUSE = 1 / 16
 most this relative delay."""
 
 
-_exits: Mapping[int, str] = {}
-"""The processes that are known to have exited, by rank, and how: see `knowing_others`."""
+class Exit(NamedTuple):
+    """How a process has exited.
+
+    Attributes:
+        how: in words: `was killed by SIGKILL`.
+        is_stop: whether because it was asked to stop.
+    """
+
+    how: str
+    is_stop: bool = False
+
+
+_exits: Mapping[int, Exit] = {}
+"""The processes that are known to have exited, by rank: see `knowing_others`."""
 
 
 def rank() -> int:
@@ -124,13 +136,13 @@ def leave(error: BaseException) -> None:
 
 
 @contextmanager
-def knowing_others(exits: Mapping[int, str]) -> Iterator[None]:
+def knowing_others(exits: Mapping[int, Exit]) -> Iterator[None]:
     """Explains an error of a collective within the block by the error of the process that stopped
     first, of which torch knows only that its connection was closed.
 
     Args:
-        exits: what this process knows to have exited, by rank, and how (`was killed by SIGKILL`);
-            it may grow within the block. Within the block, none of them is waited for.
+        exits: the processes of which this one knows that they have exited, by rank; more may come
+            within the block. None of them is waited for.
 
     Raises:
         NotGatheredError: in place of the error.
@@ -198,7 +210,8 @@ def _left(store: dist.Store, other: int) -> _Left | None:
 
 
 def _has_exited(other: int) -> NotGatheredError:
-    return NotGatheredError(f"{TOGETHER}; process {other} {_exits[other]}")
+    kind = StoppedError if _exits[other].is_stop else NotGatheredError
+    return kind(f"{TOGETHER}; process {other} {_exits[other].how}")
 
 
 def _is_stop(error: BaseException) -> bool:

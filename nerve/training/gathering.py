@@ -15,11 +15,11 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.distributed import TCPStore
 
 from nerve.errors import NotGatheredError, noted
-from nerve.measuring.distributed import TOGETHER, reason_of_others
+from nerve.measuring.distributed import TOGETHER, Exit, reason_of_others
 from nerve.training.launching import (
     Children,
+    exit_of,
     has_lost_parent,
-    how_it_ended,
     require_parent,
     take_ctrl_c,
 )
@@ -133,7 +133,7 @@ class Gathering:
         self._connect()
 
     @contextmanager
-    def watching(self, lost: Callable[[NotGatheredError], None]) -> Iterator[Mapping[int, str]]:
+    def watching(self, lost: Callable[[NotGatheredError], None]) -> Iterator[Mapping[int, Exit]]:
         """Watches, while the block runs, the processes that this one has started, or the one that
         has started it. If one of them fails, and the block waits for it nevertheless, ends this
         process, and those that it has started.
@@ -142,14 +142,14 @@ class Gathering:
             lost: called with the reason before that, by another thread.
 
         Yields:
-            those that have exited so far, by rank, and how. One that has ended well is among them,
+            those that have exited so far, by rank. One that has ended well is among them,
             but does not end anything.
         """
-        exits: dict[int, str] = {}
+        exits: dict[int, Exit] = {}
 
         def look() -> bool:
             ended = self._children.ended()
-            exits.update({rank: how_it_ended(status) for rank, status in ended.items()})
+            exits.update({rank: exit_of(status) for rank, status in ended.items()})
             return any(ended.values()) or has_lost_parent()
 
         def give_up() -> None:
@@ -178,9 +178,11 @@ class Gathering:
                     f"{told.removeprefix(_REFUSED)}"
                 )
             if ended:
-                how = how_it_ended(next(iter(ended.values())))
+                exited = exit_of(next(iter(ended.values())))
+                if exited.is_stop:
+                    raise Interrupted(f"another process of the run {exited.how}")
                 raise NotGatheredError(
-                    f"A run needs all of its processes; one that this one has started {how} "
+                    f"A run needs all of its processes; one that this one has started {exited.how} "
                     "during the start. Its own output may say why."
                 )
             patience.wait()

@@ -18,7 +18,8 @@ from lightning.pytorch.plugins.environments import (
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from nerve.errors import ConfigError, NotGatheredError
-from nerve.training.signals import StopSignals
+from nerve.measuring.distributed import Exit
+from nerve.training.signals import STOPPING, StopSignals
 
 ENDS_WITHIN_S = 5.0
 """How long a process may take to end when it is asked to; then it is killed."""
@@ -103,12 +104,14 @@ class Children:
         return of.cluster_environment.node_rank() * of.num_processes + 1 if of else 1
 
 
-def how_it_ended(status: int) -> str:
-    """An exit status in words: `was killed by SIGKILL`, `ended with status 1`."""
-    if status >= 0:
-        return f"ended with status {status}"
+def exit_of(status: int) -> Exit:
+    """An exit status in words, and whether the process had received a signal that asks to stop;
+    then its status is that of shells, unless it could not handle it yet."""
     known = {each.value: each.name for each in signal.Signals}
-    return f"was killed by {known.get(-status, f'signal {-status}')}"
+    how = f"ended with status {status}"
+    if status < 0:
+        how = f"was killed by {known.get(-status, f'signal {-status}')}"
+    return Exit(how, any(status in (-each, 128 + each) for each in STOPPING))
 
 
 def take_ctrl_c() -> None:

@@ -17,6 +17,7 @@ from nerve.errors import NotGatheredError, StoppedError, StoreError
 from nerve.measuring import distributed
 from nerve.measuring.collectives import highest
 from nerve.measuring.distributed import (
+    Exit,
     Mailbox,
     gathered,
     knowing_others,
@@ -176,13 +177,13 @@ def test_a_process_that_was_asked_to_stop_says_so(two, error):
 def test_a_process_that_has_exited_is_not_waited_for(two, monkeypatch):
     """Neither for its value nor for half a minute, in case its error was caught."""
     monkeypatch.setattr(distributed, "BELIEVED_AFTER_S", 60.0)
-    exits: dict[int, str] = {}
+    exits: dict[int, Exit] = {}
     began = time.monotonic()
 
     def process(index: int) -> object:
         if index == 1:
             time.sleep(0.05)
-            return exits.update({1: "was killed by SIGKILL"})
+            return exits.update({1: Exit("was killed by SIGKILL")})
         with knowing_others(exits):
             return gathered(index)
 
@@ -191,6 +192,11 @@ def test_a_process_that_has_exited_is_not_waited_for(two, monkeypatch):
         "The processes of a run must all continue together; process 1 was killed by SIGKILL"
     )
     assert time.monotonic() - began < 10
+
+
+def test_a_process_that_exited_because_it_was_asked_to_stop_was_stopped(two):
+    with knowing_others({1: Exit("was killed by SIGINT", is_stop=True)}):
+        assert isinstance(reason_of_others(), StoppedError)
 
 
 def test_what_a_process_sent_before_it_exited_is_received(two):
@@ -202,26 +208,26 @@ def test_what_a_process_sent_before_it_exited_is_received(two):
             box.send("last")
             return has_sent.set()
         assert has_sent.wait(10)
-        with knowing_others({1: "ended with status 0"}):
+        with knowing_others({1: Exit("ended with status 0")}):
             return box.take(wait=True)
 
     assert two(process)[0] == ["last"]
 
 
 def test_after_the_block_no_exits_are_known(two):
-    with knowing_others({1: "was killed by SIGKILL"}):
+    with knowing_others({1: Exit("was killed by SIGKILL")}):
         assert "was killed" in str(reason_of_others())
     assert reason_of_others() is None
 
 
 @pytest.mark.parametrize("late_s", [0.0, 0.1])
 def test_an_exit_that_is_noticed_late_explains_a_closed_connection(two, late_s):
-    exits: dict[int, str] = {}
+    exits: dict[int, Exit] = {}
 
     def process(index: int) -> object:
         if index == 1:
             time.sleep(late_s)
-            return exits.update({1: "was killed by SIGKILL"})
+            return exits.update({1: Exit("was killed by SIGKILL")})
         with knowing_others(exits):
             raise CLOSED
 
@@ -230,7 +236,10 @@ def test_an_exit_that_is_noticed_late_explains_a_closed_connection(two, late_s):
 
 @pytest.mark.parametrize(
     ("exits", "reason"),
-    [({}, "process 1 has stopped: RuntimeError"), ({3: "was killed by SIGKILL"}, "process 3 was")],
+    [
+        ({}, "process 1 has stopped: RuntimeError"),
+        ({3: Exit("was killed by SIGKILL")}, "process 3 was"),
+    ],
 )
 def test_one_that_left_because_of_another_one_is_the_last_to_explain_it(
     two, monkeypatch, exits, reason

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from processes import held_port
 
 from nerve.errors import ConfigError, DataError, NotGatheredError, StoreError
-from nerve.measuring.distributed import knowing_others
+from nerve.measuring.distributed import Exit, knowing_others
 from nerve.training import gathering, watching
 from nerve.training.gathering import Gathering
 from nerve.training.signals import Interrupted, StopSignals
@@ -308,7 +308,7 @@ class Watched:
         self.members._children.start(self.launcher)
         self.lost: list[NotGatheredError] = []
 
-    def until_known(self, n: int) -> dict[int, str]:
+    def until_known(self, n: int) -> dict[int, Exit]:
         with self.members.watching(self.lost.append) as exits:
             until = time.monotonic() + 10
             while len(exits) < n and time.monotonic() < until:
@@ -342,9 +342,9 @@ def ended(monkeypatch) -> threading.Event:
 def test_a_fit_knows_which_of_its_processes_have_exited(alone, ended):
     fit = Watched(DIES, FAILS, ENDS)
     assert fit.until_known(3) == {
-        1: "was killed by SIGKILL",
-        2: "ended with status 3",
-        3: "ended with status 0",
+        1: Exit("was killed by SIGKILL"),
+        2: Exit("ended with status 3"),
+        3: Exit("ended with status 0"),
     }
     assert fit.lost == []  # it ended in time
 
@@ -374,8 +374,15 @@ def test_a_fit_whose_first_process_was_killed_does_not_wait_for_it(ended, monkey
     assert "the first one ended" in str(lost[0])
 
 
-@pytest.mark.parametrize("status", [0, 7])
-def test_a_process_that_ends_while_it_is_waited_for_ends_the_run(alone, status):
+@pytest.mark.parametrize(
+    ("status", "kind", "how"),
+    [
+        (0, NotGatheredError, "ended with status 0 during the start"),
+        (7, NotGatheredError, "ended with status 7 during the start"),
+        (130, Interrupted, "another process of the run ended with status 130"),
+    ],
+)
+def test_a_process_that_ends_while_it_is_waited_for_ends_the_run(alone, status, kind, how):
     trainer, environment = Trainer(), LightningEnvironment()
     trainer.strategy.launcher = Launcher(f"print(flush=True); raise SystemExit({status})")
 
@@ -386,7 +393,7 @@ def test_a_process_that_ends_while_it_is_waited_for_ends_the_run(alone, status):
             members.before(trainer)
             trainer.strategy.setup_environment()
 
-    with pytest.raises(NotGatheredError, match=f"ended with status {status} during the start"):
+    with pytest.raises(kind, match=how):
         lead()
 
 

@@ -18,7 +18,7 @@ from nerve.training import launching
 from nerve.training.launching import (
     Children,
     environment_of,
-    how_it_ended,
+    exit_of,
     require_parent,
     take_ctrl_c,
 )
@@ -99,16 +99,18 @@ def test_those_of_another_node_have_the_ranks_that_follow_that_of_this_process(a
 
 
 @pytest.mark.parametrize(
-    ("status", "words"),
+    ("status", "how", "is_stop"),
     [
-        (0, "ended with status 0"),
-        (3, "ended with status 3"),
-        (-signal.SIGKILL, "was killed by SIGKILL"),
-        (-40, "was killed by signal 40"),
+        (0, "ended with status 0", False),
+        (3, "ended with status 3", False),
+        (-signal.SIGKILL, "was killed by SIGKILL", False),
+        (-signal.SIGINT, "was killed by SIGINT", True),
+        (128 + signal.SIGTERM, "ended with status 143", True),
+        (-40, "was killed by signal 40", False),
     ],
 )
-def test_an_exit_status_in_words(status, words):
-    assert how_it_ended(status) == words
+def test_an_exit_status_in_words(status, how, is_stop):
+    assert exit_of(status) == (how, is_stop)
 
 
 def test_the_process_that_started_this_one_must_not_have_ended(monkeypatch):

@@ -32,7 +32,7 @@ from nerve.cli.experiment.plan import Plan
 from nerve.cli.experiment.start import is_done, start
 from nerve.cli.experiment.summary import final_scores, finish, objective_of
 from nerve.config import pasted
-from nerve.errors import DataError, NotGatheredError, StoreError, noted
+from nerve.errors import DataError, NotGatheredError, StoppedError, StoreError, noted
 from nerve.files import remove_temporaries
 from nerve.measuring.distributed import knowing_others, leave
 from nerve.storage.directory import RunDirectory
@@ -136,7 +136,7 @@ def _give_up(record: RunRecord | None, error: NotGatheredError) -> None:
 
 
 def _record_end(record: RunRecord, error: BaseException) -> None:
-    interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+    interrupted = isinstance(error, KeyboardInterrupt | SystemExit | StoppedError)
     try:
         record.finish("interrupted" if interrupted else "failed", error=error)
     except StoreError as refused:
