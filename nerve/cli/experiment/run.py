@@ -136,7 +136,9 @@ def _give_up(record: RunRecord | None, error: NotGatheredError) -> None:
 
 
 def _record_end(record: RunRecord, error: BaseException) -> None:
-    interrupted = isinstance(error, KeyboardInterrupt | SystemExit | StoppedError)
+    if isinstance(error, StoppedError):
+        error = Interrupted(str(error))
+    interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
     try:
         record.finish("interrupted" if interrupted else "failed", error=error)
     except StoreError as refused:

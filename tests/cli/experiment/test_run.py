@@ -8,18 +8,19 @@ from nerve.storage.record import RunRecord
 
 
 @pytest.mark.parametrize(
-    ("error", "run_status"),
+    ("error", "run_status", "kind"),
     [
-        (NotGatheredError("process 1 was killed by SIGKILL"), "failed"),
-        (StoppedError("process 1 was killed by SIGINT"), "interrupted"),
+        (NotGatheredError("process 1 was killed by SIGKILL"), "failed", "NotGatheredError"),
+        (StoppedError("process 1 was killed by SIGINT"), "interrupted", "Interrupted"),
     ],
 )
 def test_a_run_that_waits_for_a_process_that_is_gone_is_recorded(
-    tmp_path, capfd, error, run_status
+    tmp_path, capfd, error, run_status, kind
 ):
     _give_up(RunRecord.create(tmp_path, {}), error)
     record = RunRecord.load(tmp_path)
-    assert (record.run_status, record.error["message"]) == (run_status, str(error))
+    assert record.run_status == run_status
+    assert record.error == {"type": kind, "message": str(error)}
     assert capfd.readouterr().err == f"nerve-run: {error}\n"
 
 
