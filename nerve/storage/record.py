@@ -223,7 +223,6 @@ class RunRecord:
             StoreError: for an unknown or immutable field, an invalid value, a directory that was
                 deleted or now belongs to another run, or a failed write; the record is then
                 unchanged.
-            ConfigError: if two values of the configuration would have the same name.
         """
         names = [entry.name for entry in fields(self) if entry.name not in FIXED]
         unknown = sorted(changes.keys() - set(names))
@@ -233,7 +232,6 @@ class RunRecord:
                 f"{', '.join(unknown)}. Put other values into final or job."
             )
         if isinstance(changes.get("config"), Mapping):  # anything else is rejected below
-            require_columns(changes["config"])
             ids = ids_of_plain(to_json(changes["config"]))
             changes["config_id"], changes["design_id"] = ids
         with _UPDATING:

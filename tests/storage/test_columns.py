@@ -3,6 +3,7 @@
 import pytest
 
 from nerve.errors import ConfigError
+from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord, require_columns
 
 SHARED = [
@@ -28,11 +29,13 @@ def test_two_values_with_one_name_are_refused_with_both_keys(tmp_path, config, o
     assert not (tmp_path / "run").exists()
 
 
-def test_what_a_run_adds_to_its_configuration_is_refused_like_that(tmp_path):
-    record = RunRecord.create(tmp_path, {"a": 1})
-    with pytest.raises(ConfigError, match=r"are both the column b\.c"):
-        record.update(config={"a": 1, "b": {"c": 2}, "b.c": 3})
-    assert record.config == {"a": 1}
+def test_a_run_that_an_earlier_version_stored_with_them_is_resumed(tmp_path, monkeypatch):
+    config = {"a.b": 1, "a": {"b": 2}}
+    with monkeypatch.context() as patch:
+        patch.setattr("nerve.storage.record.require_columns", lambda _: None)
+        RunRecord.create(tmp_path, config).finish("interrupted")
+    with RunDirectory(tmp_path).locked():
+        assert RunDirectory(tmp_path).create_or_resume(config).restarts == 1
 
 
 @pytest.mark.parametrize(

@@ -87,10 +87,16 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
                     return _follow(plan, run, signals, gathering)
                 return objective_of(run, plan.objective)
             with run.locked():
-                record = start(run, config, hydra_config)
-                if record.run_status != "done":  # otherwise it has just finished
-                    gathering.begin()
-                    _lead(plan, run, record, signals, gathering)
+                try:
+                    record = start(run, config, hydra_config)
+                    if record.run_status != "done":  # otherwise it has just finished
+                        gathering.begin()
+                        _lead(plan, run, record, signals, gathering)
+                except Interrupted as interrupted:
+                    signals.hold()
+                    with noted(interrupted):
+                        run.interrupt(interrupted)
+                    raise
     return objective_of(run, plan.objective)
 
 
