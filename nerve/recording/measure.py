@@ -149,6 +149,11 @@ def measure(
     require_mapping("fingerprints", fingerprints)
     labels, text = dict(labels or {}), dict(fingerprints or {})
     _check_labels(labels)
+    require(
+        into is not None or not (labels or text),
+        "labels and fingerprints are stored with a run; got "
+        f"{', '.join([*labels, *text])} without into=. Give into=, or leave them out.",
+    )
     if "frequency" in groups and token_counts is None:
         batches = list(batches)
         token_counts = count_tokens(batches)

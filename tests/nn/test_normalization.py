@@ -24,6 +24,7 @@ def test_the_final_norm_stays_without_norms_and_can_be_switched_off() -> None:
     assert isinstance(Normalization(kind="none").build(8), nn.Identity)
     assert isinstance(Normalization(kind="none").build_final(8), nn.LayerNorm)
     assert isinstance(Normalization(kind="rmsnorm").build_final(8), nn.RMSNorm)
+    assert Normalization(kind="none", eps=1e-3).build_final(8).eps == 1e-3
     for kind in ("layernorm", "none"):
         assert isinstance(Normalization(kind=kind, final=False).build_final(8), nn.Identity)
 
@@ -50,6 +51,7 @@ def test_no_norm_cannot_be_placed(placement: str) -> None:
         ({"placement": "mix"}, r"n_post_layers.*placement=mix"),
         ({"placement": "post", "n_post_layers": 1}, r"n_post_layers=1 with placement=post"),
         ({"eps": 0.0}, r"normalization\.eps must be positive"),
+        ({"kind": "none", "final": False, "eps": 1e-6}, r"eps=1e-06 has no effect .*final=false"),
     ],
 )
 def test_bad_values_are_refused(values: dict, message: str) -> None:
