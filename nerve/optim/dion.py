@@ -114,8 +114,7 @@ class Dion(Optimizer):
         torch._foreach_add_(momenta, gradients)
         buffers, old = torch.stack(momenta), torch.stack(rights)
         left, unscaled, right = power_iteration(buffers, old)
-        buffers.baddbmm_(left, unscaled.mT, alpha=group["momentum"] - 1.0)
-        torch._foreach_copy_(momenta, list(buffers))
+        torch._foreach_add_(momenta, list(left @ unscaled.mT), alpha=group["momentum"] - 1.0)
         torch._foreach_copy_(rights, list(torch.where(right.any(-2, keepdim=True), right, old)))
         updates = (left @ right.mT).to(weights[0].dtype)
         n_out, n_in = weights[0].shape

@@ -71,8 +71,31 @@ def orthogonalized(
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(n_steps):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        x = _plus_product(a, x, 1.0, _plus_product(b, gram, c, gram, gram), x)
     return x.mT if is_tall else x
+
+
+def _plus_product(
+    beta: float,
+    base: Float[Tensor, "n i j"],
+    alpha: float,
+    left: Float[Tensor, "n i k"],
+    right: Float[Tensor, "n k j"],
+) -> Float[Tensor, "n i j"]:
+    """β base + α left · right, rounded once.
+
+    On an H200 that processes share, the kernel with which cuBLAS of CUDA 13.0 adds and multiplies
+    twelve bfloat16 matrices of 512 × 512 (nvjet, in clusters of eight blocks) now and then ends the
+    process with an "unspecified launch failure". Its kernels that only multiply do not, so on a GPU
+    the products are kept in float32 and added afterwards.
+    """
+    if not base.is_cuda or base.dtype != torch.bfloat16:
+        return torch.baddbmm(base, left, right, beta=beta, alpha=alpha)
+    product = torch.bmm(left, right, out_dtype=torch.float32)
+    if alpha != 1.0:
+        product.mul_(alpha)
+    rounded = torch.empty_like(product, dtype=base.dtype)
+    return torch.add(product, base, alpha=beta, out=rounded)
 
 
 def _size(rule: str | None, d_out: int, d_in: int) -> float:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nerve.optim import Muon
@@ -95,3 +96,27 @@ def test_the_number_of_kernels_is_that_of_the_shapes():
     assert (calls.n["bmm"], calls.n["baddbmm"]) == (3 * 5, 3 * 10)
     assert calls.n["mm"] == calls.n["addmm"] == 0
     assert calls.n["_foreach_add_"] == 3
+
+
+@pytest.mark.parametrize("shape", [(64, 16), (16, 64)])
+def test_on_a_gpu_no_product_is_added_to_in_its_kernel(shape):
+    """Shown with tensors without memory: what is called, and what comes out."""
+    with FakeTensorMode(), Calls() as calls:
+        matrices = torch.empty(12, *shape, device="cuda", dtype=torch.bfloat16)
+        found = orthogonalized(matrices, COEFFICIENTS, 5, 1e-7)
+    assert (found.shape, found.dtype, found.device.type) == ((12, *shape), torch.bfloat16, "cuda")
+    assert calls.n["bmm"] == 15
+    assert not [name for name in calls.n if "addmm" in name or "addbmm" in name]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", [(512, 512), (2048, 512), (512, 2048)])
+def test_on_a_gpu_updates_are_as_exact_as_with_the_addition_in_the_kernel(shape):
+    torch.manual_seed(0)
+    matrices = torch.randn(3, *shape, device="cuda")
+    exact = orthogonalized(matrices.double(), COEFFICIENTS, 5, 1e-7)
+    on_host = orthogonalized(matrices.cpu().bfloat16(), COEFFICIENTS, 5, 1e-7)  # adds in the kernel
+    mine = orthogonalized(matrices.bfloat16(), COEFFICIENTS, 5, 1e-7)
+    size = exact.norm()
+    error, others = ((each.to(exact) - exact).norm() / size for each in (mine, on_host))
+    assert error < 1.1 * others < 0.02
