@@ -1,6 +1,6 @@
 """The spectral regularizer (ours): a term of the loss that flattens or sharpens spectra."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,17 +43,15 @@ class Regularizer:
         require_choice("regularizer.name", self.name, REGULARIZERS)
         require_choice("regularizer.site", self.site, SITES)
         require(
+            self.name != "none" or self.weight == 0,
+            f"regularizer.weight={self.weight} has no effect with regularizer.name=none. Use "
+            "regularizer=participation_ratio.",
+        )
+        require(
             self.n_tokens >= 2,
             "regularizer.n_tokens must be at least 2, since one sample has no covariance; got "
             f"{self.n_tokens}.",
         )
-        for each in fields(self):
-            value = getattr(self, each.name)
-            require(
-                self.name != "none" or value == each.default,
-                f"regularizer.{each.name}={value} has no effect with regularizer.name=none. Use "
-                "regularizer=participation_ratio.",
-            )
 
     def ffns(self, model: nn.Module) -> list[FeedForward]:
         """The FFNs of a network on which it acts.

@@ -83,8 +83,7 @@ class Normalization:
         eps: added to the variance (LayerNorm) or to the mean square (RMSNorm).
 
     Raises:
-        ConfigError: for an unknown name, values that contradict each other, or one that has no
-            effect.
+        ConfigError: for an unknown name, or values that contradict each other.
     """
 
     kind: str = "layernorm"
@@ -109,11 +108,6 @@ class Normalization:
             f"n_post_layers={self.n_post_layers} with placement={self.placement}.",
         )
         require(self.eps > 0, f"normalization.eps must be positive; got {self.eps}.")
-        require(
-            self.kind != "none" or self.final or self.eps == Normalization.eps,
-            f"normalization.eps={self.eps} has no effect with normalization.kind=none and "
-            "normalization.final=false, a network without norms. Leave it out.",
-        )
 
     def placements(self, n_layers: int) -> list[str]:
         """The wiring of each layer, a key of `WIRINGS`, in order of depth.

@@ -51,7 +51,6 @@ def test_no_norm_cannot_be_placed(placement: str) -> None:
         ({"placement": "mix"}, r"n_post_layers.*placement=mix"),
         ({"placement": "post", "n_post_layers": 1}, r"n_post_layers=1 with placement=post"),
         ({"eps": 0.0}, r"normalization\.eps must be positive"),
-        ({"kind": "none", "final": False, "eps": 1e-6}, r"eps=1e-06 has no effect .*final=false"),
     ],
 )
 def test_bad_values_are_refused(values: dict, message: str) -> None:
