@@ -70,6 +70,14 @@ def with_notes(error: BaseException) -> str:
     return "\n".join([str(error), *getattr(error, "__notes__", ())])
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without its final period, for a message that quotes it;
+    the name of the error's class if it has no message. Messages of torch go on with a stack of
+    C++, others with a log."""
+    message = str(error).strip() or type(error).__name__
+    return message.splitlines()[0].rstrip(".")
+
+
 def warn_caller(message: str, category: type[Warning]) -> None:
     """Warns at the innermost line outside of this package."""
     frame, level = sys._getframe(1), 2

@@ -13,6 +13,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from new_metric import walk
+from processes import ended, start
 from torch import nn
 
 import nerve
@@ -154,38 +156,6 @@ NEW_ENTRY = """    Metric(
         shown=("summary", "overview", "curves", "scatter", "tables", "depth"),
     ),
 """
-WALK = """
-import torch
-from torch import nn
-import nerve
-from nerve.cli.experiment.summary import print_summary
-from nerve.recording.writer import logged_values
-from nerve.report import write
-
-torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6))
-ffns = [nerve.FFNAdapter(0, "ffn", model[0], model[2])]
-for name in ("a", "b"):
-    record = nerve.RunRecord.create(f"runs/{name}", {"activation": {"name": name}}, seed=0)
-    store = nerve.RunStore(record.directory, record.run_id)
-    for step in range(4):
-        rows = nerve.measure(model, [torch.randn(99, 6)], ffns=ffns).drop(columns="outliers")
-        rows = rows.astype(object).where(rows.notna(), None).to_dict("records")
-        at_step = {"step": step, "tokens_seen": step, "val_loss": 4.0 - step}
-        store.append_metrics(rows[0] | at_step for _ in (0,))
-    store.flush(3)
-    record.finish("done", step=3, final={"val_loss": 1.0})
-metrics, runs = nerve.load_metrics("runs"), nerve.load_runs("runs")
-assert 0 < metrics["first_post"].min() < 1
-assert "ffn/00/first_post" in logged_values(rows)
-assert "first_post" in nerve.metrics_by_depth(metrics, runs)
-assert "first_post_sd" in nerve.average_seeds(nerve.final_metrics(metrics, runs))
-assert "first_post" in set(nerve.correlate_within_runs(metrics, runs)["metric"])
-print_summary([rows[0] | at_step], {})
-write._save = lambda figure, path: b""  # drawn, and not rendered
-nerve.write_report("runs")
-nerve.write_report("runs/a")
-"""
 
 
 def test_a_new_metric_is_one_function_and_one_entry(tmp_path):
@@ -197,16 +167,12 @@ def test_a_new_metric_is_one_function_and_one_entry(tmp_path):
     text = catalog.read_text(encoding="utf-8")
     last = text.index('    Metric(\n        "rank_limit_')
     catalog.write_text(text[:last] + NEW_ENTRY + text[last:], encoding="utf-8")
-    result = subprocess.run(
-        [sys.executable, "-W", "error::RuntimeWarning", "-c", WALK],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path), "COLUMNS": "120"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "first_post" in result.stdout
+    log = tmp_path / "log"
+    environment = os.environ | {"COLUMNS": "120"}
+    process = start(walk, str(tmp_path), cwd=tmp_path, log=log, environment=environment)
+    status, told = ended(process), log.read_text()
+    assert status == 0, told
+    assert "first_post" in told
     for folder in (tmp_path, tmp_path / "runs"):  # of both runs, and of one
         page = (folder / "report" / "index.html").read_text(encoding="utf-8")
         assert "first_post" in page

@@ -17,12 +17,11 @@ from nerve.files import as_store_error, require_there, write_atomically
 from nerve.storage.columns import require_distinct
 from nerve.storage.identity import Canonical, ids_of_plain, new_run_id
 from nerve.storage.json_values import canonical_json, from_json, to_json
+from nerve.storage.manifest import MANIFEST_NAME
 from nerve.storage.provenance import git_commit, package_versions
 from nerve.storage.record_fields import check_fields
 
 RECORD_NAME = "run.json"
-MANIFEST_NAME = ".parts.json"
-"""The list of a run's parts, see `nerve.storage.parts`."""
 RECORD_VERSION = 1
 _UNREADABLE = (
     OSError,

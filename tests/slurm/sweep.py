@@ -65,7 +65,7 @@ class Sweep:
     def send(self, *overrides: str, where: str = "site") -> None:
         """Starts the command; `where` is the launcher."""
         launcher = [f"hydra/launcher={where}"] if where else []
-        self._output.unlink(missing_ok=True)
+        self._output.write_text("")
         self._command = nerve_run(
             ["-m", f"--config-dir={SITE}", *launcher, *TINY, *overrides],
             cwd=self.folder,
@@ -84,6 +84,10 @@ class Sweep:
         if self._command is not None:
             self._command.kill()
             self._command.join()
+
+    def hold(self) -> None:
+        """Holds the runs that start from now on, after a `release`."""
+        (self._braking / "release").unlink()
 
     def release(self) -> None:
         """Lets the runs continue at full speed."""

@@ -1,6 +1,5 @@
 """Runs that Slurm removes from their nodes (preempted, requeued, timed out) come back."""
 
-import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -93,40 +92,6 @@ def test_it_resumes_where_it_was_in_the_same_directory_and_job(taken_away, seed)
     assert record.job["restarts"] == "1"
     runs = sweep.folder.glob("outputs/multirun/*/run.json")
     assert len(list(runs)) == len(sweep.records())
-
-
-@pytest.fixture(scope="module")
-def lost_sight_of(cluster, new_sweep, local):
-    """A command is killed while one of its runs is being canceled, one is running and one is
-    queued, and is repeated with one more run.
-    """
-    sweep = new_sweep("lost")
-    where = "+hydra.launcher.additional_parameters.clusters=nerve"
-    sweep.send("seed=0,1,2", sweep.brake(), where, "hydra.launcher.array_parallelism=2")
-    cancelled = sweep.wait_for_start(0)
-    sweep.wait_for_start(1)
-    cluster.call("scancel", cancelled.job)
-    sweep.abandon()
-    sweep.send("seed=0,1,2,3", sweep.brake(), where)
-    sweep.wait_for_start(0, number=2)
-    sweep.release()
-    return sweep
-
-
-def test_a_repeated_command_waits_for_queued_and_running_trials_and_submits_none_twice(
-    lost_sight_of, assert_same_rows
-):
-    sweep = lost_sight_of
-    assert sweep.finish() == 0, sweep.everything
-    assert "4 trials, 1 interrupted, 2 submitted before, 1 new; 2 to run" in sweep.output
-    assert re.search(r"also waiting for \d+_1, \d+_2", sweep.output)
-    deeds = re.findall("waited for|resumed|run(?= +│ done)", sweep.output)
-    assert deeds == ["resumed", "waited for", "waited for", "run"]
-    sent = sweep.folder.glob("outputs/multirun/.submitit/*/*_submitted.pkl")
-    assert len(list(sent)) == 5
-    for seed in range(4):
-        assert sweep.records()[seed].restarts == (1 if seed == 0 else 0)
-        assert_same_rows(sweep, seed)
 
 
 def test_at_the_time_limit_a_run_is_requeued_as_often_as_allowed(cluster, out_of_time):

@@ -18,7 +18,7 @@ from .sweep import TINY
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 CPUS = 2  # of the three that a node has: no two jobs share one
-KILLED, CANCELLED, UNDISTURBED, UNLUCKY, WITHDRAWN = range(5)
+KILLED, CANCELLED, UNDISTURBED, UNLUCKY, WITHDRAWN, ADDED = range(6)
 COMMAND = [
     "seed=0,1,2,3,4",
     "hydra.launcher.partition=spare",
@@ -36,6 +36,9 @@ COMMAND = [
     "+hydra.launcher.additional_parameters.comment=mine",
 ]
 """With every value of the launcher that Slurm can tell again; more trials than there are nodes."""
+
+AGAIN = ["+hydra.launcher.additional_parameters.clusters=nerve"]
+"""What the repeated command is given beside it."""
 
 
 @pytest.fixture(scope="module")
@@ -152,31 +155,59 @@ def test_the_process_gets_the_cpus_of_its_job(cluster, sweep, status):
 
 
 @pytest.fixture(scope="module")
-def sent_again(sweep, status):
-    """The repeated command."""
-    sweep.send(*COMMAND, sweep.brake(unlucky=UNLUCKY))
+def sent_again(cluster, sweep, status):
+    """The repeated command, which is killed while one of its runs is being canceled, one is running
+    and one is queued, for the third that a node lacks; and what it said."""
+    sweep.hold()
+    sweep.send(*COMMAND, *AGAIN, sweep.brake(unlucky=UNLUCKY))
+    sweep.wait_for_start(KILLED, number=2)
+    cluster.call("scancel", sweep.wait_for_start(CANCELLED, number=2).job)
+    said = sweep.output
+    sweep.abandon()
+    return said
+
+
+@pytest.fixture(scope="module")
+def completed(cluster, sweep, sent_again):
+    """The command once more, with one more run."""
+    sweep.send(*COMMAND, f"seed=0,1,2,3,4,{ADDED}", *AGAIN, sweep.brake(unlucky=UNLUCKY))
+    cluster.wait("the command", lambda: "also waiting for" in sweep.output)
+    sweep.release()
     sweep.finish()
     return sweep
 
 
-@pytest.mark.parametrize("seed", [KILLED, CANCELLED])
-def test_a_repeated_command_completes_killed_and_canceled_runs_like_undisturbed_ones(
-    sent_again, seed, assert_same_rows
-):
-    record = sent_again.records()[seed]
-    assert (record.run_status, record.restarts) == ("done", 1)
-    assert [start.step >= 20 for start in sent_again.starts(seed)] == [False, True]
-    assert_same_rows(sent_again, seed)
-
-
-def test_a_repeated_command_submits_only_the_remaining_trials(sent_again):
-    scripts = sent_again.folder.glob("outputs/multirun/.submitit/*/*.sh")
+def test_a_repeated_command_submits_only_the_remaining_trials(sent_again, completed):
+    assert "1 killed, 1 interrupted, 1 done, 1 failed, 1 new; 3 to run" in sent_again
+    scripts = completed.folder.glob("outputs/multirun/.submitit/*/*.sh")
     sizes = sorted(re.search(r"--array=0-(\d)", path.read_text())[1] for path in scripts)
-    assert sizes == ["2", "4"]  # the last index of each array
-    assert "1 killed, 1 interrupted, 1 done, 1 failed, 1 new; 3 to run" in sent_again.output
-    assert sent_again.records()[WITHDRAWN].run_status == "done"
+    assert sizes == ["1", "2", "4"]  # the last index of each array
+    assert completed.records()[ADDED].run_status == "done"
 
 
-def test_a_repeated_command_leaves_failed_trials_alone(sent_again):
-    assert sent_again.records()[UNLUCKY].restarts == 0
-    assert len(sent_again.starts(UNLUCKY)) == 1
+def test_it_waits_for_queued_and_running_trials_and_submits_none_twice(completed):
+    summary = "6 trials, 2 submitted before, 1 interrupted, 1 done, 1 failed, 1 new; 2 to run"
+    assert summary in completed.output
+    assert re.search(r"also waiting for \d+_0, \d+_2", completed.output)
+    deeds = re.findall("waited for|resumed|run(?= +│ done)", completed.output)
+    assert deeds == ["waited for", "resumed", "waited for", "run"]
+    assert completed.records()[WITHDRAWN].run_status == "done"
+    sent = completed.folder.glob("outputs/multirun/.submitit/*/*_submitted.pkl")
+    assert len(list(sent)) == 5 + 3 + 2
+
+
+@pytest.mark.parametrize(("seed", "restarts"), [(KILLED, 1), (CANCELLED, 2), (WITHDRAWN, 0)])
+def test_each_trial_is_resumed_as_often_as_it_was_stopped(completed, seed, restarts):
+    record = completed.records()[seed]
+    assert (record.run_status, record.restarts) == ("done", restarts)
+    assert [start.step >= 20 for start in completed.starts(seed)] == [False, *[True] * restarts]
+
+
+@pytest.mark.parametrize("seed", [KILLED, CANCELLED])
+def test_killed_and_canceled_runs_end_like_undisturbed_ones(completed, seed, assert_same_rows):
+    assert_same_rows(completed, seed)
+
+
+def test_a_repeated_command_leaves_failed_trials_alone(completed):
+    assert completed.records()[UNLUCKY].restarts == 0
+    assert len(completed.starts(UNLUCKY)) == 1
