@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # noqa: F401
 from torch.distributed import distributed_c10d
 
-from nerve.errors import NotGatheredError, StoppedError, StoreError
+from nerve.errors import NotGatheredError, StoppedError, StoreError, first_line
 
 TOGETHER = "The processes of a run must all continue together"
 
@@ -158,7 +158,7 @@ def knowing_others(exits: Mapping[int, Exit]) -> Iterator[None]:
         while (reason := reason_of_others()) is None and time.monotonic() < until:
             time.sleep(_LONGEST_PAUSE_S)
         if reason is None:
-            reported = str(error).split("\n", 1)[0].rstrip(".")
+            reported = first_line(error)
             reason = NotGatheredError(
                 f"{TOGETHER}; torch reports: {reported}. The output of the others may say why"
             )
@@ -235,7 +235,7 @@ def _reached() -> Iterator[None]:
     except RuntimeError as error:  # errors of torch.distributed are of this type
         raise NotGatheredError(
             f"{TOGETHER}; the first process cannot be "
-            f"reached or has ended without an error message: {str(error).splitlines()[0]}"
+            f"reached or has ended without an error message: {first_line(error)}"
         ) from error
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.distributed import TCPStore
 
-from nerve.errors import NotGatheredError, noted
+from nerve.errors import NotGatheredError, first_line, noted
 from nerve.measuring.distributed import TOGETHER, Exit, reason_of_others
 from nerve.training.launching import (
     Children,
@@ -268,5 +268,5 @@ def _asked(ask: Callable[[], T]) -> T:
     except RuntimeError as error:  # the base class of the errors of torch.distributed
         raise NotGatheredError(
             "A run needs all of its processes; the first one cannot be reached, or ended "
-            f"without giving a reason: {str(error).splitlines()[0]}"
+            f"without giving a reason: {first_line(error)}"
         ) from error
