@@ -36,7 +36,8 @@ import pyarrow as pa
 import trackers
 
 from nerve.metric_names import SITES, STORED
-from nerve.storage.parts import add_to_manifest, part_path, write_part
+from nerve.storage.manifest import add_to_manifest
+from nerve.storage.parts import part_path, write_part
 from nerve.storage.record import RunRecord
 from nerve.storage.schema import DATASETS, METRICS
 from nerve.storage.store import RunStore

@@ -51,6 +51,10 @@ class NotGatheredError(NerveError):
     """Another process of the run failed to start or ended, with or without a reason."""
 
 
+class StoppedError(NotGatheredError):
+    """Another process of the run was asked to stop, and has stopped."""
+
+
 @contextmanager
 def noted(error: BaseException) -> Iterator[None]:
     """Adds an exception raised within the `with` block to `error` as a note, because `error` is
@@ -64,6 +68,14 @@ def noted(error: BaseException) -> Iterator[None]:
 def with_notes(error: BaseException) -> str:
     """The message of an error and its notes, each on a line of its own."""
     return "\n".join([str(error), *getattr(error, "__notes__", ())])
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without its final period, for a message that quotes it;
+    the name of the error's class if it has no message. Messages of torch go on with a stack of
+    C++, others with a log."""
+    message = str(error).strip() or type(error).__name__
+    return message.splitlines()[0].rstrip(".")
 
 
 def warn_caller(message: str, category: type[Warning]) -> None:

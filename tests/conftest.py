@@ -4,12 +4,9 @@ import gc
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any
 
-import processes
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 from xdist.workermanage import WorkerController
@@ -58,10 +55,6 @@ LONG = (
 """What comes next: the shorter the last ones, the less a process waits for the others."""
 
 
-_of_server = pytest.StashKey[str]()
-"""The folder in which workers find the process that theirs are forked from."""
-
-
 class ByFile(LoadScopeScheduling):
     """Each file's tests run in one process, and so do those of `TOGETHER`."""
 
@@ -98,18 +91,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_configure(config: pytest.Config) -> None:
     if _only_hands_out(config):  # to which torch and Lightning would be six seconds for nothing
         gc.enable()
-        folder = tempfile.TemporaryDirectory(prefix="nerve-server-")
-        config.add_cleanup(folder.cleanup)
-        config.stash[_of_server] = folder.name
-        return
-    config.pluginmanager.import_plugin("shared")
-    if hasattr(config, "workerinput"):
-        processes.share_server(Path(config.workerinput["server"]))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_configure_node(node: WorkerController) -> None:
-    node.workerinput["server"] = node.config.stash[_of_server]
+    else:
+        config.pluginmanager.import_plugin("shared")
 
 
 def _only_hands_out(config: pytest.Config) -> bool:

@@ -1,15 +1,14 @@
 """Starts processes in which everything that a run needs is already imported.
 
-They are forked from one process that has imported it once and that the first of them starts, of all
-workers that run tests, because importing Lightning takes five seconds of a core. They prove the
-same about locks, signals, kills and collectives as processes started from scratch. Commands are
-started from scratch in test_install.py, by the jobs of slurm/ and by the trials of sweeps.
+They are forked from one process that has imported it once and that the first of them starts,
+because importing Lightning takes five seconds of a core. They prove the same about locks, signals,
+kills and collectives as processes started from scratch. Commands are started from scratch in
+test_install.py, by the jobs of slurm/ and by the trials of sweeps.
 """
 
 import atexit
 import ctypes
 import faulthandler
-import fcntl
 import gc
 import multiprocessing
 import multiprocessing.connection
@@ -30,8 +29,6 @@ import pytest
 
 PRELOADED = ("nerve.cli.run", "nerve.cli.experiment.run", "nerve.cli.sweep.sweeper", "forked")
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
-_shared: Path | None = None
-_server = multiprocessing.forkserver._forkserver
 
 ENDS_WITHIN_S = 200.0
 """How long a process may take; then it is killed, and its log has the stacks of its threads."""
@@ -68,59 +65,11 @@ def start(
     values = dict(os.environ if environment is None else environment)
     how = function, arguments, str(cwd), str(log), values, within_s
     process = _context.Process(target=_begin, args=how, name=str(log))
-    _ensure_server()
+    with pytest.MonkeyPatch.context() as patch:  # for the one that all are forked from
+        patch.setenv("PYTHONPATH", lean_path(Path(__file__).parent))
+        multiprocessing.forkserver.ensure_running()
     process.start()
     return process
-
-
-def share_server(folder: Path) -> None:
-    """Makes the processes of this one be forked from a server that other processes share.
-
-    Args:
-        folder: where the first that needs it tells of it; empty at first.
-    """
-    global _shared
-    _shared = folder
-
-
-def _ensure_server() -> None:
-    """Starts the process that all are forked from, or finds it."""
-    if _server._forkserver_address is not None:
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", lean_path(Path(__file__).parent))
-        if _shared is None:
-            _server.ensure_running()
-            return
-        patch.setitem(multiprocessing.current_process()._config, "tempdir", str(_shared))
-        with (_shared / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not _found(_shared / "server"):
-                _server.ensure_running()
-                tell_server(_shared / "server")
-
-
-def tell_server(file: Path) -> None:
-    """Writes where the server of this process is: its address, and the end of its pipe at which it
-    reads whether anyone still holds the other one; otherwise it ends."""
-    pipe, process = os.stat(_server._forkserver_alive_fd), _server._forkserver_pid
-    ends = Path(f"/proc/{process}/fd").iterdir()
-    (end,) = [end for end in ends if os.path.samestat(end.stat(), pipe)]
-    file.write_text(f"{_server._forkserver_address}\n{end}")
-
-
-def _found(file: Path) -> bool:
-    """Whether a server was told of that has not ended with all that used it; it is used then."""
-    if not file.exists():
-        return False
-    address, end = file.read_text().split("\n")
-    try:
-        _server._forkserver_alive_fd = os.open(end, os.O_WRONLY)
-    except FileNotFoundError:
-        return False
-    _server._forkserver_address = address
-    _server.ensure_running = lambda: None  # it is no child of this process
-    return True
 
 
 def lean_path(*others: Path) -> str:

@@ -1,7 +1,6 @@
 """Processes started by tests end within a bound, and print their stacks if they do not."""
 
 import ctypes
-import os
 import socket
 import threading
 import time
@@ -30,18 +29,6 @@ def hold_the_interpreter(folder: str) -> None:
         ctypes.PyDLL(None).sleep(1000)
 
 
-def tell_parent(folder: str) -> None:
-    Path(folder, str(os.getppid())).touch()
-
-
-def start_as_a_worker(folder: str, shared: str) -> None:
-    """Starts a process as a worker does that has started none before."""
-    processes._server._forkserver_address = None
-    processes.share_server(Path(shared))
-    process = start(tell_parent, folder, cwd=Path(folder), log=Path(folder, "log"))
-    assert ended(process) == 0
-
-
 def wait_for(file: Path) -> None:
     until = time.monotonic() + 60
     while not file.exists():
@@ -65,17 +52,6 @@ def test_who_hears_no_signal_tells_where_it_stands_all_the_same(tmp_path):
     with pytest.raises(TimeoutError, match="in hold_the_interpreter"):
         ended(process, 0.1)
     assert process.exitcode is not None
-
-
-def test_workers_start_their_processes_from_one_server(tmp_path):
-    here = {"cwd": tmp_path, "log": tmp_path / "log"}
-    assert ended(start(tell_parent, str(tmp_path), **here)) == 0
-    shared = processes._shared or tmp_path
-    if processes._shared is None:
-        processes.tell_server(shared / "server")
-    another = start(start_as_a_worker, str(tmp_path), str(shared), **here)
-    assert ended(another) == 0, here["log"].read_text()
-    assert len([path for path in tmp_path.iterdir() if path.name.isdigit()]) == 1
 
 
 def test_a_port_that_is_held_is_given_to_nobody_and_serves_whoever_is_told():

@@ -13,6 +13,7 @@ import pandas as pd
 from nerve.analysis.compare import COUNTS, NUMBERS
 from nerve.analysis.groups import contrasts, pr_column
 from nerve.metric_names import DERIVED, GROUP_SITES, GROUPS, POOLED
+from nerve.storage.columns import CONFIGURED, RECORDED_GROUPS
 from nerve.storage.identity import EXCLUDED
 from nerve.storage.record import RunRecord
 from nerve.storage.schema import METRICS
@@ -50,7 +51,6 @@ _PARTS = [group for groups in GROUPS.values() for group in groups]
 """The groups of all groupings."""
 
 RECORDED = {entry.name for entry in fields(RunRecord)} | {"design_id"}
-RECORDED_GROUPS = ("final", "fingerprints", "versions", "job", "pre_scales")
 DIGESTS = ("weights", "batches")
 """Hashes of tensors in the configuration of a measured model, which differ between any two runs."""
 TAKEN = {
@@ -160,6 +160,7 @@ def _is_leaf(name: str) -> bool:
     parts = name.split(".")
     return (
         name not in RECORDED
+        and name != f"{CONFIGURED}seed"
         and name not in DIGESTS
         and parts[0] not in RECORDED_GROUPS
         and not any(name == other or name.startswith(f"{other}.") for other in EXCLUDED)

@@ -151,10 +151,10 @@ def load_runs(path: AnyPath | Iterable[AnyPath]) -> pd.DataFrame:
     seed, n_parameters, unigram_loss, separator_token, stopped_by, warning`, the times (UTC), `host,
     device, git_commit`, the entries of `final.*, fingerprints.*, versions.*, job.*, pre_scales.*`,
     and every leaf of the configuration by its dotted name (`normalization.kind`, `ffn.width`; a
-    list as JSON). A leaf with the name of one of the former columns, except the seed, has the
-    prefix `config.` (`config.device`). For a key that was added after the version of nerve-run that
-    wrote a run, its row has the value that corresponds to the behavior of that version. Anything
-    else that a run does not have is missing in its row.
+    list as JSON). A leaf with the name of one of the former columns has the prefix `config.`
+    (`config.device`), except an integer `seed`. For a key that was added after the version of
+    nerve-run that wrote a run, its row has the value that corresponds to the behavior of that
+    version. Anything else that a run does not have is missing in its row.
 
     Raises:
         StoreError: if there is no run under `path`.

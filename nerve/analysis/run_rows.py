@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from nerve.storage.columns import CONFIGURED
 from nerve.storage.identity import (
     completed_key,
     completed_keys,
@@ -19,9 +20,6 @@ from nerve.storage.identity import (
 from nerve.storage.record import RunRecord
 
 TIMES = ("started", "heartbeat", "ended")
-
-CONFIGURED = "config."
-"""Prefix of a configuration leaf that has the name of a field of the record."""
 
 _INEXACT = 2**53
 """From here on, not every integer is a float."""
@@ -47,10 +45,12 @@ class RunRows:
         config, completes = record.config, is_of_nerve_run(record.config)
         row: dict[str, Any] = {}
         for key in completed_keys(config) if completes else config:
-            row |= self._leaves_of(config, key, completes)
+            _add(row, self._leaves_of(config, key, completes))
         own = leaves(own_values(record))
-        for name in row.keys() & own.keys() - {"seed"}:  # such as a caller's `device`
-            row[CONFIGURED + name] = row[name]
+        taken = {name: row.pop(name) for name in row.keys() & own.keys()}
+        if type(taken.get("seed")) is int:  # that of the record
+            del taken["seed"]
+        _add(row, taken, CONFIGURED)  # such as a caller's `device`
         row |= own
         record.config = {}
         columns = self._columns
@@ -114,14 +114,30 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         name = sys.intern(prefix + key)
         if type(value) is str:  # the usual cases, checked first for speed
-            row[name] = sys.intern(_unicode(value))
-        elif type(value) in _PLAIN:
-            row[name] = value
-        elif isinstance(value, Mapping):
-            row |= leaves(value, f"{name}.")
-        else:
-            row[name] = sys.intern(json.dumps(value)) if isinstance(value, list) else value
+            value = sys.intern(_unicode(value))
+        elif type(value) not in _PLAIN:
+            if isinstance(value, Mapping):
+                _add(row, leaves(value, f"{name}."))
+                continue
+            value = sys.intern(json.dumps(value)) if isinstance(value, list) else value
+        row[name if name not in row else _free(row, name)] = value
     return row
+
+
+def _add(row: dict[str, Any], values: Mapping[str, Any], prefix: str = "") -> None:
+    """Adds values to a row. One whose name is taken, which only a record of an earlier version has,
+    gets another one: see `require_distinct`."""
+    if not prefix and row.keys().isdisjoint(values):
+        row |= values
+        return
+    for name, value in values.items():
+        row[_free(row, prefix + name)] = value
+
+
+def _free(row: Mapping[str, Any], name: str) -> str:
+    while name in row:
+        name = CONFIGURED + name
+    return name
 
 
 def _unicode(text: str) -> str:

@@ -71,7 +71,8 @@ def watch(
         directory: the run directory.
         every_n_steps: steps between measurements; None if `steps` gives all of them.
         config: anything that distinguishes your runs, by name; the measurement settings are added
-            as `monitor`. Its `seed`, if it is an integer, is the seed of the run.
+            as `monitor`. Its `seed`, if it is an integer, is the seed of the run. Each value has a
+            name of its own: `{"a.b": 1, "a": {"b": 2}}` is refused.
         optimizer: provides the learning rate of the rows; null without it, or if its groups differ.
         heldout: batches to measure instead of the training batches; with several processes, each
             gives its own part.

@@ -80,8 +80,15 @@ class Accumulator:
         return torch.device("cpu")
 
     def see(self, inputs: Tensor, pre: Tensor) -> None:
-        """Records what pre was computed from; call it at each run, before `add`. Raises
-        `MeasurementError` if pre is to be projected and cannot be."""
+        """Records what pre was computed from; call it at each run, before `add`.
+
+        Args:
+            inputs: the FFN's input, `[*samples, d_in]`.
+            pre: its features before the nonlinearity, `[*samples, d_ff]`.
+
+        Raises:
+            MeasurementError: if pre is to be projected and cannot be.
+        """
         if self.d_in is None:
             self.d_in = n_inputs(self._pre) or inputs.shape[-1]
             self._take_weight(inputs, pre)

@@ -107,7 +107,7 @@ def find_streams(
     finally:
         for handle in handles:
             handle.remove()
-    return [_stream(model, ffn, events) for ffn in ffns]
+    return [_stream(ffn, events) for ffn in ffns]
 
 
 class _Event(NamedTuple):
@@ -128,7 +128,7 @@ def _note(events: list[_Event], module: nn.Module, of: str, value: Any) -> None:
             events.append(_Event(module, of, rows.shape, some))
 
 
-def _stream(model: nn.Module, ffn: FFN, events: Sequence[_Event]) -> Stream | None:
+def _stream(ffn: FFN, events: Sequence[_Event]) -> Stream | None:
     """The latest stream before the FFN to which its output is added, and the sum."""
     pre, post = sites_of(ffn)
     starts = [i for i, event in enumerate(events) if event.module is pre.module]

@@ -1,4 +1,4 @@
-"""Communication between the processes of a run, which may be a single one."""
+"""Communication between the hosts of the processes of a run, which may be a single one."""
 
 import itertools
 import pickle
@@ -6,21 +6,19 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 
 # Imported before any process group exists, because its functions have the group as a default
 # argument. Imported later (as torch.compile's modules do), they keep the group's threads alive
 # until the interpreter exits, when a thread that frees a tensor aborts the process.
-import torch.distributed.nn.functional
-from torch import Tensor
+import torch.distributed.nn.functional  # noqa: F401
 from torch.distributed import distributed_c10d
 
-from nerve.errors import NotGatheredError, StoreError
+from nerve.errors import NotGatheredError, StoppedError, StoreError, first_line
 
-_TOGETHER = "The processes of a run must all continue together"
+TOGETHER = "The processes of a run must all continue together"
 
 _GLOO = "/gloo/"
 """A part of the messages of gloo, whose errors have no type of their own."""
@@ -28,10 +26,29 @@ _GLOO = "/gloo/"
 BELIEVED_AFTER_S = 30.0
 """How long to keep waiting for a process that has left: it may return if its error was caught."""
 
+TOLD_WITHIN_S = 1.0
+"""How long to wait for the reason of a process that has closed its connection."""
+
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 2e-4, 0.05
 _PAUSE = 1 / 16
 """Polling interval as a fraction of the time waited so far, so that a result is noticed with at
 most this relative delay."""
+
+
+class Exit(NamedTuple):
+    """How a process has exited.
+
+    Attributes:
+        how: in words: `was killed by SIGKILL`.
+        is_stop: whether because it was asked to stop.
+    """
+
+    how: str
+    is_stop: bool = False
+
+
+_exits: Mapping[int, Exit] = {}
+"""The processes that are known to have exited, by rank: see `knowing_others`."""
 
 
 def rank() -> int:
@@ -114,31 +131,100 @@ def leave(error: BaseException) -> None:
     """Tells the other processes, which may wait for this one, that it stops with an error."""
     if n_processes() > 1:
         with suppress(RuntimeError):  # from a store whose process has exited
-            _put(_store(), f"left/{rank()}", f"{type(error).__name__}: {error}")
+            told = f"{type(error).__name__}: {error}", _is_stop(error), _is_of_others(error)
+            _put(_store(), f"left/{rank()}", told)
 
 
 @contextmanager
-def knowing_others() -> Iterator[None]:
+def knowing_others(exits: Mapping[int, Exit]) -> Iterator[None]:
     """Explains an error of a collective within the block by the error of the process that stopped
     first, of which torch knows only that its connection was closed.
+
+    Args:
+        exits: the processes of which this one knows that they have exited, by rank; more may come
+            within the block. None of them is waited for.
 
     Raises:
         NotGatheredError: in place of the error.
     """
+    global _exits
+    _exits = exits
     try:
         yield
     except RuntimeError as error:
-        if n_processes() == 1 or not (isinstance(error, dist.DistError) or _GLOO in str(error)):
+        if n_processes() == 1 or not _is_of_collective(error):
             raise
-        reported = str(error).split("\n", 1)[0].rstrip(".")
-        told = f"torch reports: {reported}. The output of the others may say why"
-        with suppress(RuntimeError):  # from a store whose process has exited
-            store = _store()
-            for other in (each for each in range(n_processes()) if each != rank()):
-                if store.check([f"left/{other}"]):
-                    told = _stopped(store, other)
-                    break
-        raise NotGatheredError(f"{_TOGETHER}; {told}") from error
+        until = time.monotonic() + TOLD_WITHIN_S
+        while (reason := reason_of_others()) is None and time.monotonic() < until:
+            time.sleep(_LONGEST_PAUSE_S)
+        if reason is None:
+            reported = first_line(error)
+            reason = NotGatheredError(
+                f"{TOGETHER}; torch reports: {reported}. The output of the others may say why"
+            )
+        raise reason from error
+    finally:
+        _exits = {}
+
+
+def reason_of_others() -> NotGatheredError | None:
+    """Why another process has stopped; None if none is known to have.
+
+    If several have, most of them only because of another one; its reason counts.
+    """
+    left: dict[int, _Left] = {}
+    with suppress(RuntimeError):  # from a store whose process has exited
+        for other in range(n_processes()):
+            if other != rank() and (told := _left(_store(), other)):
+                left[other] = told
+    first = next((other for other, told in left.items() if not told.is_of_others), None)
+    if first is not None:
+        return left[first].error(first)
+    exited = next((other for other in _exits if other not in left), None)
+    if exited is not None:
+        return _has_exited(exited)
+    return next((told.error(other) for other, told in left.items()), None)
+
+
+class _Left(NamedTuple):
+    """What a process that has left says about it.
+
+    Attributes:
+        why: the type and the message of its error.
+        is_stop: whether it was asked to stop.
+        is_of_others: whether it left because another process had.
+    """
+
+    why: str
+    is_stop: bool
+    is_of_others: bool
+
+    def error(self, other: int) -> NotGatheredError:
+        kind = StoppedError if self.is_stop else NotGatheredError
+        return kind(f"{TOGETHER}; process {other} has stopped: {self.why}")
+
+
+def _left(store: dist.Store, other: int) -> _Left | None:
+    key = f"left/{other}"
+    return _Left(*pickle.loads(store.get(key))) if store.check([key]) else None
+
+
+def _has_exited(other: int) -> NotGatheredError:
+    kind = StoppedError if _exits[other].is_stop else NotGatheredError
+    return kind(f"{TOGETHER}; process {other} {_exits[other].how}")
+
+
+def _is_stop(error: BaseException) -> bool:
+    return isinstance(error, StoppedError) or not isinstance(error, Exception)
+
+
+def _is_of_others(error: BaseException) -> bool:
+    return isinstance(error, NotGatheredError) or _is_of_collective(error)
+
+
+def _is_of_collective(error: BaseException) -> bool:
+    is_of_gloo = isinstance(error, RuntimeError) and _GLOO in str(error)
+    return is_of_gloo or isinstance(error, dist.DistError)
 
 
 @contextmanager
@@ -148,8 +234,8 @@ def _reached() -> Iterator[None]:
         yield
     except RuntimeError as error:  # errors of torch.distributed are of this type
         raise NotGatheredError(
-            f"{_TOGETHER}; the first process cannot be "
-            f"reached or has ended without an error message: {str(error).splitlines()[0]}"
+            f"{TOGETHER}; the first process cannot be "
+            f"reached or has ended without an error message: {first_line(error)}"
         ) from error
 
 
@@ -162,8 +248,9 @@ def _taken(store: dist.Store, keys: Mapping[int, str]) -> list[Any]:
     began, within_s = time.monotonic(), _timeout_of(store).total_seconds()
     while not store.check([*keys.values()]):
         waited_s = time.monotonic() - began
-        if waited_s >= min(BELIEVED_AFTER_S, within_s):
-            _require_there(store, keys, is_over=waited_s >= within_s)
+        is_believed = waited_s >= min(BELIEVED_AFTER_S, within_s)
+        if _exits or is_believed:
+            _require_there(store, keys, is_believed=is_believed, is_over=waited_s >= within_s)
         time.sleep(min(max(_PAUSE * waited_s, _SHORTEST_PAUSE_S), _LONGEST_PAUSE_S))
     return [pickle.loads(store.get(key)) for key in keys.values()]
 
@@ -176,24 +263,22 @@ def _take(store: dist.Store, keys: Mapping[int, str]) -> list[Any]:
     return values
 
 
-def _require_there(store: dist.Store, keys: Mapping[int, str], *, is_over: bool) -> None:
-    """Raises `NotGatheredError` if a process that is waited for has left; with `is_over`, also if
-    one has not arrived."""
+def _require_there(
+    store: dist.Store, keys: Mapping[int, str], *, is_believed: bool, is_over: bool
+) -> None:
+    """Raises `NotGatheredError` if a process that is waited for has exited; with `is_believed`,
+    also if it has left; with `is_over`, also if it has not arrived."""
+    exited = {*_exits}  # before the keys: one that exits now may have put its value
     missing = [other for other, key in keys.items() if not store.check([key])]
     for other in missing:
-        if store.check([f"left/{other}"]):
-            raise NotGatheredError(f"{_TOGETHER}; {_stopped(store, other)}")
+        if other in exited or (is_believed and _left(store, other)):
+            raise reason_of_others() or _has_exited(other)
     if is_over and missing:
         raise NotGatheredError(
-            f"{_TOGETHER}; {', '.join(map(str, missing))} "
+            f"{TOGETHER}; {', '.join(map(str, missing))} "
             f"did not come within {_timeout_of(store)}. See their logs; if they are only slow, "
             "increase the timeout of the process group."
         )
-
-
-def _stopped(store: dist.Store, other: int) -> str:
-    """What a process that has left says about it."""
-    return f"process {other} has stopped: {pickle.loads(store.get(f'left/{other}'))}"
 
 
 def _put(store: dist.Store, key: str, value: Any) -> None:
@@ -225,30 +310,3 @@ def own_part(parts: Sequence[Any]) -> Any:
             "set CUDA_VISIBLE_DEVICES or the number of tasks of the job."
         )
     return parts[rank()]
-
-
-def highest(value: int, device: torch.device) -> int:
-    """The maximum of every process's `value`; all of them must call it.
-
-    Args:
-        value: the value of this process.
-        device: the device on which the processes exchange tensors.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return value
-    shared = torch.tensor(value, device=device)
-    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-    return int(shared)
-
-
-def add_up(tensor: Tensor) -> None:
-    """Replaces every process's `tensor` by the sum over all; all of them must call it."""
-    dist.all_reduce(tensor)
-
-
-def shared_from(owner: int, tensor: Tensor) -> None:
-    """Copies `owner`'s `tensor` into that of every process; all of them must call it."""
-    # torch sends the memory as it lies, and each process may have other strides.
-    sent = tensor.contiguous()
-    dist.broadcast(sent, src=owner)
-    tensor.copy_(sent)

@@ -168,8 +168,8 @@ def replaced(
 
 
 def sample_of(features: Tensor, n: int = SAMPLES) -> Tensor:
-    """A subset of the samples, at least `n` if there are that many, spread evenly over all of
-    them."""
+    """`[m, width]`, a subset of the samples `[*samples, width]`: at least `n` if there are that
+    many, spread evenly over all of them."""
     rows = features.reshape(-1, features.shape[-1])
     return rows[:: max(1, len(rows) // n)]
 

@@ -4,6 +4,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -184,16 +185,17 @@ def _account(paths: Mapping[nn.Module, str], seen: Seen) -> str:
     dependence = seen.dependence
     if not dependence.ran:
         return f"None of its {len(dependence.projections)} projections ran."
+    at = partial(_path_of, paths)
     linear = [
-        f"between {' or '.join(_told(paths, each) for each in modules)} and {_told(paths, post)}"
+        f"between {' or '.join(map(at, modules))} and {at(post)}"
         for post, modules in dependence.linear.items()
     ]
-    ran = _listed([_told(paths, each) for each in dependence.ran])
+    ran = _listed([*map(at, dependence.ran)])
     none = f" No nonlinearity was seen {_listed(linear)}." if linear else ""
     return f"{len(dependence.ran)} projections ran: {ran}.{none}"
 
 
-def _told(paths: Mapping[nn.Module, str], module: nn.Module) -> str:
+def _path_of(paths: Mapping[nn.Module, str], module: nn.Module) -> str:
     return f"model.{paths[module]}" if paths[module] else "the model"
 
 

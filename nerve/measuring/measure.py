@@ -103,7 +103,7 @@ def spectra_of(
             which = "" if len(plan) == 1 else f", pass {number + 1} of {len(plan)}"
             _run(
                 model,
-                _told(batches, f"batches{which}", progress),
+                _reporting(batches, f"batches{which}", progress),
                 some,
                 probe,
                 measurement,
@@ -150,7 +150,7 @@ def _run(
         probe.remove()
 
 
-def _told(batches: Iterable[Any], what: str, progress: Progress) -> Iterator[Any]:
+def _reporting(batches: Iterable[Any], what: str, progress: Progress) -> Iterator[Any]:
     """The batches, reporting to `progress`."""
     n_batches = len(batches) if isinstance(batches, Sized) else None
     for done, batch in enumerate(batches):

@@ -173,7 +173,8 @@ def is_affine(x: Tensor, y: Tensor) -> bool:
 
 
 def decides(side: Tensor, product: Tensor, h: Tensor) -> bool:
-    """Whether `h / product` is a single number for each sign of `side`, feature by feature."""
+    """Whether `h / product` is a single number for each sign of `side`, feature by feature; all are
+    `[samples, width]`."""
     usable = product.abs() > product.abs().mean() * 1e-2
     ratio = torch.where(usable, h / product, torch.nan)
     for sign in (side > 0, side < 0):

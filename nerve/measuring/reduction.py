@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 
 from nerve.measuring.accumulator import SITES, Accumulator, Side
-from nerve.measuring.distributed import gathered, shared_from
+from nerve.measuring.collectives import shared_from
+from nerve.measuring.distributed import gathered
 from nerve.measuring.exchange import OfCovariance, OfShares, exchange
 from nerve.measuring.parts import Key
 from nerve.spectra.covariance import Tally
@@ -36,9 +37,9 @@ def reduce(accumulators: Sequence[Accumulator], n_forwards: int) -> int:
     Returns:
         The number over all processes.
     """
-    everyone, numbers = _told(accumulators, n_forwards)
+    everyone, numbers = _seen_by_all(accumulators, n_forwards)
     if _leave_weights(accumulators, everyone):
-        everyone, numbers = _told(accumulators, n_forwards)
+        everyone, numbers = _seen_by_all(accumulators, n_forwards)
     covariances: list[OfCovariance] = []
     shares: list[OfShares] = []
     for index, each in enumerate(accumulators):
@@ -50,12 +51,12 @@ def reduce(accumulators: Sequence[Accumulator], n_forwards: int) -> int:
     return sum(numbers)
 
 
-def _told(
+def _seen_by_all(
     accumulators: Sequence[Accumulator], n_forwards: int
 ) -> tuple[list[list[_Seen]], list[int]]:
     """What each process has seen of each FFN, and its number of forward passes."""
-    told = gathered(([_seen(each) for each in accumulators], n_forwards))
-    return [seen for seen, _ in told], [n for _, n in told]
+    everyone = gathered(([_seen(each) for each in accumulators], n_forwards))
+    return [seen for seen, _ in everyone], [n for _, n in everyone]
 
 
 def _leave_weights(

@@ -71,7 +71,13 @@ _CANCELLATION = 2**-16
 
 def gives(weight: Tensor, bias: Tensor | None, inputs: Tensor, outputs: Tensor) -> Flag:
     """Whether a sample of the outputs equals W x + b up to rounding; does not wait for the device
-    until the result is used."""
+    until the result is used.
+
+    Args:
+        weight, bias: W `[d_ff, d_in]`, and b `[d_ff]` or None.
+        inputs: x, `[*samples, d_in]`.
+        outputs: what is compared, `[*samples, d_ff]`.
+    """
     if not outputs.numel():
         return Flag(torch.tensor(True))
     kind = torch.finfo(outputs.dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nerve.config import from_mapping, require, require_choice
-from nerve.errors import ConfigError
+from nerve.errors import ConfigError, first_line
 from nerve.models.gpt import GPT, GPTConfig
 from nerve.models.mixer import Mixer, MixerConfig, Mixing
 from nerve.nn.activation import Activation
@@ -94,7 +94,7 @@ class Skeleton:
         except (RuntimeError, OverflowError, MemoryError, TypeError) as error:  # as torch likes
             raise ConfigError(
                 "The weights of a model must fit into memory; those of model and ffn do not: "
-                f"{str(error).splitlines()[0]}. Use smaller sizes."
+                f"{first_line(error)}. Use smaller sizes."
             ) from error
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter, int]]:

@@ -4,13 +4,11 @@ import gc
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import fields
 from typing import Any
 
 import pandas as pd
 from torch import Tensor, nn
 
-from nerve.config import require, require_count, require_several
 from nerve.measuring.eigenproblem import FFNSpectra
 from nerve.measuring.ffns import FFN
 from nerve.measuring.forward import call
@@ -18,7 +16,6 @@ from nerve.measuring.given import (
     Loaded,
     check_batches,
     check_given,
-    require_mapping,
     require_model,
     series_of,
 )
@@ -27,14 +24,12 @@ from nerve.measuring.masks import Masks
 from nerve.measuring.measure import How, frame_of, spectra_of
 from nerve.measuring.passes import bytes_of
 from nerve.measuring.streams import count_tokens
-from nerve.metric_names import AROUND, GROUPS
 from nerve.progress import Progress, shown, unseen
 from nerve.recording.cadence import WeightedMean, loss_of
-from nerve.recording.measured_run import OWN, Digest, MeasuredRun, measured_run
+from nerve.recording.given import check_labels, check_stored
+from nerve.recording.measured_run import Digest, MeasuredRun, measured_run
 from nerve.recording.run import seed_of
 from nerve.recording.settings import require_shortcut
-from nerve.storage.record import RunRecord
-from nerve.storage.schema import METRICS
 
 _ASKED = ("exclude", "only_labeled", "skip_first", "shortcut")
 """The fields of `How` that the configuration of the run records unchanged."""
@@ -143,12 +138,10 @@ def measure(
     series = series_of(model, step)
     check_batches(batches)
     check_given(ffns=ffns, mask=mask, forward=forward, exclude=exclude)
-    _check_stored(into, step, spectra, resume, groups, sites, is_series=is_series)
+    check_stored(into, step, spectra, resume, groups, sites, is_series=is_series)
     require_shortcut("shortcut", shortcut)
-    require_mapping("labels", labels)
-    require_mapping("fingerprints", fingerprints)
+    check_labels(into, labels, fingerprints)
     labels, text = dict(labels or {}), dict(fingerprints or {})
-    _check_labels(labels)
     if "frequency" in groups and token_counts is None:
         batches = list(batches)
         token_counts = count_tokens(batches)
@@ -164,7 +157,7 @@ def measure(
     )
     if memory is not None:
         bytes_of(memory)
-    batches, frames = list(batches) if is_series else batches, []
+    batches = list(batches) if is_series else batches
     with ExitStack() as stack:
         run = None
         if into is not None:
@@ -175,72 +168,10 @@ def measure(
                     into, asked, spectra, resume=resume, seed=seed_of(labels), fingerprints=text
                 )
             )
-        if run is not None and run.steps and isinstance(batches, Sequence):
-            # Before anything is loaded, and even if no step is left.
-            digest = Digest()
-            digest.add_batch(batches)
-            run.require_batches(digest)
         show = stack.enter_context(shown()) if progress is True else progress or unseen
-        for at, loaded in series:
-            if run is not None and at in run.steps:
-                continue
-            which = f"step {at}: " if is_series else ""
-            tell = _prefixed(show, which)
-            found = measure_one(
-                loaded, batches, how, ffns=ffns, memory=memory, progress=tell, run=run, step=at
-            )
-            frames.append(frame_of(found))
-            if is_series:
-                frames[-1].insert(0, "step", at)
-                del loaded
-                gc.collect()  # hooks and graphs may keep a model until then
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
-
-
-def _check_stored(
-    into: str | os.PathLike[str] | None,
-    step: int,
-    spectra: bool | str,
-    resume: bool,
-    groups: Sequence[str],
-    sites: Sequence[str],
-    *,
-    is_series: bool,
-) -> None:
-    """Checks the arguments for storing, and that there is a run for them.
-
-    Raises:
-        ConfigError: for a value that is out of range, or that only a run takes.
-    """
-    require_count("step", step, least=0)
-    require(
-        step == 0 or (into is not None and not is_series),
-        f"step= is the step of a single model that is stored with into=; got step={step} "
-        f"{'and a series, which has its own' if is_series else 'without into='}. Leave it out.",
-    )
-    require(
-        spectra in (True, False, "auto"), f"spectra must be true, false or 'auto'; got {spectra!r}."
-    )
-    require(not resume or into is not None, "resume=True continues the run in into=; got none.")
-    for name, each, options in (("groups", groups, GROUPS), ("sites", sites, AROUND)):
-        require_several(name, each, options)
-    require(
-        into is not None or not (groups or sites),
-        "Groups and sites need a run to be stored in, for nerve.load_groups; got none. Give into=.",
-    )
-
-
-def _check_labels(labels: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` for a label whose name is reserved."""
-    recorded = {field.name for field in fields(RunRecord)} - {"seed"}
-    taken = sorted(labels.keys() & {*OWN, *METRICS.names, *recorded})
-    require(
-        not taken,
-        f"labels must not have the names {', '.join(OWN)}, those of columns of nerve.load_metrics, "
-        f"or those of what each run records (host, device, …), which nerve.load_runs would show in "
-        f"their place; got {', '.join(taken)}. Choose another name, or nest it: "
-        f"labels={{'group': {{'{taken[0] if taken else ''}': …}}}}.",
-    )
+        return _measure_new(
+            series, batches, how, show, is_series=is_series, run=run, ffns=ffns, memory=memory
+        )
 
 
 def _as_recorded(how: How) -> dict[str, Any]:
@@ -248,6 +179,41 @@ def _as_recorded(how: How) -> dict[str, Any]:
     chosen = {name: getattr(how, name) for name in _ASKED} | {"mask": how.mask is not None}
     lists = (("groups", how.grouped.groupings), ("sites", how.sites))
     return chosen | {name: list(each) for name, each in lists if each}
+
+
+def _measure_new(
+    series: Iterable[tuple[int, Loaded]],
+    batches: Iterable[Any],
+    how: How,
+    progress: Progress,
+    *,
+    is_series: bool,
+    run: MeasuredRun | None,
+    **given: Any,
+) -> pd.DataFrame:
+    """Measures each model of a series whose step the run does not have, and returns their rows;
+    with `is_series`, they have a column `step`. `given` are further arguments of `measure_one`.
+
+    Raises:
+        StoreError: if the run has steps that were measured on other batches.
+    """
+    if run is not None and run.steps and isinstance(batches, Sequence):
+        # Before anything is loaded, and even if no step is left.
+        digest = Digest()
+        digest.add_batch(batches)
+        run.require_batches(digest)
+    frames = []
+    for at, loaded in series:
+        if run is not None and at in run.steps:
+            continue
+        tell = _prefixed(progress, f"step {at}: " if is_series else "")
+        found = measure_one(loaded, batches, how, progress=tell, run=run, step=at, **given)
+        frames.append(frame_of(found))
+        if is_series:
+            frames[-1].insert(0, "step", at)
+            del loaded
+            gc.collect()  # hooks and graphs may keep a model until then
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
 def measure_one(

@@ -1,7 +1,7 @@
 """Measures a model's FFNs during training in any loop, and writes the rows of a run."""
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,9 @@ from nerve.measuring.groups import NOT_GROUPED, Grouped
 from nerve.measuring.masks import ALL, Chosen
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
-from nerve.recording.aside import Aside, Pace
 from nerve.recording.cadence import Cadence, rate_of
-from nerve.recording.preparation import Preparation
+from nerve.recording.pipeline import Pipeline
 from nerve.recording.settings import MonitorSettings
-from nerve.recording.solver import Eigenproblem, Solved, Solver
-from nerve.recording.staging import expected_bytes
-from nerve.recording.workers import spare_workers
 from nerve.recording.writer import Logger, SpectraWriter
 from nerve.storage.store import RunStore
 
@@ -34,7 +30,7 @@ class Recorder:
     Between `open` and `close`, at each step to measure: `start_validation`, `add_validation` for
     every held-out batch, `label`, `end_validation`. Each forward pass whose features count runs
     between `start` and `stop`: those of the held-out batches, or those of the next training step.
-    `finish` passes the measurement to the solver; `end_step` and `drain` write what has been
+    `finish` passes the measurement to the `Pipeline`; `end_step` and `drain` write what has been
     solved. Every process of a run must make the same calls.
 
     Args:
@@ -48,7 +44,7 @@ class Recorder:
         self.n_measured = 0
         """Number of measurements since it was opened."""
         self._store = store
-        self._rank, self._n_processes = 0, 1
+        self._n_processes = 1
         self._is_split = False
         self._is_validating = False
         self.clock = Clock(torch.device("cpu"))
@@ -59,10 +55,7 @@ class Recorder:
         self._grouped = NOT_GROUPED
         self._n_measurements = 0
         self._measurement: Measurement | None = None
-        self._solver: Solver | None = None
-        self._aside: Aside | None = None
-        self._pace: Pace | None = None
-        self._preparation: Preparation | None = None
+        self._pipeline: Pipeline | None = None
         self._writer: SpectraWriter | None = None
 
     @property
@@ -129,7 +122,7 @@ class Recorder:
         token_counts: Tensor | None = None,
         find_streams: Callable[[], list[Stream | None]] | None = None,
     ) -> None:
-        """Installs the probe and starts the solver.
+        """Installs the probe and starts what solves.
 
         Args:
             ffns: the FFNs to measure.
@@ -155,12 +148,17 @@ class Recorder:
             self._n_measurements = 0
             self._cadence = Cadence()
         self.n_measured = 0
-        self._rank, self._n_processes = rank, n_processes
-        self._aside, self._pace = Aside(device), Pace(device)
-        self._preparation = Preparation(device)
-        n_bytes = max(map(expected_bytes, ffns))
-        self._solver = Solver(device, spare_workers(device, n_here, n_bytes), n_bytes)
+        self._n_processes = n_processes
         self._writer = SpectraWriter(self._store, loggers, self.settings.spectra)
+        self._pipeline = Pipeline(
+            ffns,
+            device,
+            self._writer,
+            self.clock,
+            rank=rank,
+            n_processes=n_processes,
+            n_here=n_here,
+        )
 
     # Losses, and the labels of a step
 
@@ -216,25 +214,14 @@ class Recorder:
                 self._measurement.stop()
 
     def finish(self, *, of_all: bool) -> None:
-        """Passes the measurement to the solver; with `of_all`, pooled over all processes, each of
+        """Passes the measurement on to be solved; with `of_all`, pooled over all processes, each of
         which saw part of the samples."""
         measurement, due = self._measurement, self._cadence.take_due()
         self._measurement = None
         if measurement is not None and due is not None:
-            assert self._solver is not None
-            assert self._aside is not None
-            assert self._preparation is not None
+            assert self._pipeline is not None
             self.n_measured += 1
-            with self.clock:
-                with self._aside.work_on(measurement):
-                    if of_all:
-                        measurement.reduce()
-                    mine = (self._rank, self._n_processes)
-                    share: list[Eigenproblem] = [*measurement.eigenproblems(*mine)]
-                    share += measurement.group_eigenproblems(*mine)
-                    solved = self._solver.submit(due, share)
-                self._preparation.start(measurement.products)
-                self._write(solved)
+            self._pipeline.submit(due, measurement, of_all=of_all)
 
     def drop_due(self) -> None:
         """Gives up the labeled step, whose features will not come."""
@@ -244,17 +231,13 @@ class Recorder:
 
     def end_step(self) -> None:
         """Writes what has been solved by now; call it after each training step."""
-        assert self._solver is not None
-        assert self._aside is not None
-        assert self._pace is not None
-        self._pace.end_step()
-        self._aside.let_go()
-        self._write(self._solver.finished())
+        assert self._pipeline is not None
+        self._pipeline.end_step()
 
     def drain(self) -> None:
         """Waits for everything that is being solved, and writes it."""
-        if self._solver is not None:
-            self._write(self._solver.drain())
+        if self._pipeline is not None:
+            self._pipeline.drain()
 
     def wait(self) -> None:
         """Drains, and counts the time as overhead because training waits."""
@@ -281,23 +264,17 @@ class Recorder:
                 self.close(wait=self._n_processes == 1)
 
     def close(self, *, wait: bool = True) -> None:
-        """Removes the probe and ends the solver; pending work is dropped, and no reference to the
-        model remains. For `wait` see `Aside.close`."""
+        """Removes the probe and ends the threads that solve; pending work is dropped, and no
+        reference to the model remains. For `wait` see `Aside.close`."""
         self._measurement = None  # left by a fit that was interrupted
         probe, self._probe = self._probe, None
-        solver, self._solver = self._solver, None
-        aside, self._aside = self._aside, None
-        preparation, self._preparation = self._preparation, None
+        pipeline, self._pipeline = self._pipeline, None
         try:
             if probe is not None:
                 probe.remove()
         finally:
-            if solver is not None:
-                solver.close()
-            if aside is not None:
-                aside.close(wait=wait)
-            if preparation is not None:
-                preparation.close(wait=wait)
+            if pipeline is not None:
+                pipeline.close(wait=wait)
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint, after writing all rows up to its step."""
@@ -316,12 +293,6 @@ class Recorder:
             self._writer.latest = state["latest"]
         self._seconds_before = state["seconds"] - self.clock.seconds
         self._n_measurements = state.get("n_measurements", 0)  # checkpoints of 0.1 lack it
-
-    def _write(self, solved: Iterable[Solved]) -> None:
-        assert self._writer is not None
-        for each in solved:
-            with self.clock:
-                self._writer.write([each])
 
     def _new_measurement(self) -> Measurement:
         assert self._probe is not None

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from numbers import Integral
 from typing import Any, NamedTuple
 
-from nerve.errors import StoreError, noted
+from nerve.errors import ConfigError, StoppedError, StoreError, noted
 from nerve.measuring.distributed import gathered, leave, rank
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
@@ -51,6 +51,7 @@ def recorded_run(
     Raises:
         StoreError: if the directory holds a run with another configuration, one that is done and
             is not continued, or one in use by another process; in every process.
+        ConfigError: if two values of `config` would have the same name; in the others StoreError.
     """
     with ExitStack() as stack:
         run = None
@@ -80,7 +81,7 @@ def _opened(
         try:
             stack.enter_context(run.locked())
             opened = RecordedRun(_begun(run, config, goes_on, first), run.store())
-        except StoreError as error:
+        except (ConfigError, StoreError) as error:
             refused = error
     told = gathered(None if refused is None else str(refused))[0]
     if told is not None:
@@ -107,7 +108,7 @@ def _begun(
 
 
 def _end(run: RecordedRun, error: BaseException) -> None:
-    interrupted = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit)
+    interrupted = isinstance(error, StoppedError) or not isinstance(error, Exception)
     with noted(error):  # the record is still written if the rows cannot be
         run.store.flush(run.record.step)
     try:

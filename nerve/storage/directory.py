@@ -154,6 +154,15 @@ class RunDirectory:
         self._found = (False, record)
         return record
 
+    def interrupt(self, error: BaseException) -> None:
+        """Records an interruption that the run has not recorded itself, because it came in the
+        middle of that or of its start; nothing if another process may be running it. Must be called
+        within `locked`. Raises `StoreError` if the record cannot be read or written."""
+        record = self.reload().record
+        is_ours = self._lock is not None and self._lock.is_held
+        if is_ours and record is not None and record.run_status == "running":
+            record.finish("interrupted", error=error)
+
     def require_same(self, config: Mapping[str, Any]) -> None:
         """Raises `StoreError` if the directory holds a run of another configuration."""
         record = self.record

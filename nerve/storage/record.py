@@ -14,14 +14,14 @@ from typing import Any
 
 from nerve.errors import StoreError
 from nerve.files import as_store_error, require_there, write_atomically
+from nerve.storage.columns import require_distinct
 from nerve.storage.identity import Canonical, ids_of_plain, new_run_id
 from nerve.storage.json_values import canonical_json, from_json, to_json
+from nerve.storage.manifest import MANIFEST_NAME
 from nerve.storage.provenance import git_commit, package_versions
 from nerve.storage.record_fields import check_fields
 
 RECORD_NAME = "run.json"
-MANIFEST_NAME = ".parts.json"
-"""The list of a run's parts, see `nerve.storage.parts`."""
 RECORD_VERSION = 1
 _UNREADABLE = (
     OSError,
@@ -121,7 +121,9 @@ class RunRecord:
 
         Raises:
             StoreError: if the directory already holds a run, or cannot be written.
+            ConfigError: if two values of the configuration would have the same name.
         """
+        require_columns(config)
         path = Path(directory) / RECORD_NAME
         if path.exists():
             raise StoreError(
@@ -282,6 +284,12 @@ class RunRecord:
 _WRITTEN = frozenset(entry.name for entry in fields(RunRecord)) - {"directory", "design_id"}
 _READ = _WRITTEN - {"config_id"}
 """The fields that are read from a file; the others are determined anew."""
+
+
+def require_columns(config: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` if two values of a configuration would have the same name, in its file
+    or as a column of `load_runs`."""
+    require_distinct(config, {entry.name for entry in fields(RunRecord)})
 
 
 def _now() -> str:

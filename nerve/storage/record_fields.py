@@ -36,6 +36,11 @@ KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
         _is_text,
         ("run_id", "sweep", "git_commit", "host", "device", "wandb_id"),
     ),
+    (
+        "a string",
+        lambda value: isinstance(value, str),
+        ("separator_token", "stopped_by", "warning"),
+    ),
     ("an ISO 8601 time with a time zone", _is_time, ("started", "heartbeat", "ended")),
     (
         "a whole number",
@@ -62,6 +67,7 @@ KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
 OPTIONAL = (
     *("sweep", "git_commit", "host", "device", "ended", "seed", "n_parameters"),
     *("unigram_loss", "job", "error", "wandb_id"),
+    *("separator_token", "stopped_by", "warning"),
 )
 
 

@@ -50,7 +50,7 @@ weights), `status` ("ok", or the reason why metrics are null) and `precision` (h
 were computed; `projected_bfloat16` or `projected_float16` if pre was computed from the FFN's input
 without its own rounding to that type). `variance_*` is the trace of the covariance.
 
-Shares in [0, 1], which the spectrum alone cannot show:
+What the spectrum alone cannot show, all but the last of it shares in [0, 1]:
 
 - `variance_outside`: the share of post's variance outside the span of pre, `1 - tr(P C_post) /
   tr(C_post)`, where P projects onto the columns of the up (or gate) weight. Null if no weight
@@ -60,6 +60,9 @@ Shares in [0, 1], which the spectrum alone cannot show:
 - `top_share_*`: the same for the farthest 0.1% of the samples together.
 - `mean_share_*`: the mean's share of the second moment. It is 1 if the features collapse to one
   vector, which centered covariances cannot show.
+- `position_ratio_*`: the mean squared distance from the mean at one sequence position, divided by
+  that of all samples, at the position where this is largest. 1 if all positions are alike; null
+  without positions.
 """
 
 SPECTRA = _schema(

@@ -14,20 +14,18 @@ import pyarrow.compute as pc
 
 from nerve.errors import StoreError
 from nerve.files import as_store_error, remove_temporaries, require_there, sync_directory
+from nerve.storage.manifest import add_to_manifest, read_manifest, write_manifest
 from nerve.storage.parts import (
     DamagedPartError,
-    add_to_manifest,
     joined,
     list_parts,
     missing_errors,
     part_path,
     part_step,
-    read_manifest,
     read_metadata,
     read_part,
     read_parts,
     warn_damaged,
-    write_manifest,
     write_part,
 )
 from nerve.storage.schema import DATASETS, Dataset, table_of

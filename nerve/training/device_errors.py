@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from nerve.config import pasted
-from nerve.errors import DeviceError
+from nerve.errors import DeviceError, first_line
 from nerve.storage.directory import RunDirectory
 
 _OF_A_GPU = re.compile(r"(CUDA|HIP|cuDNN|cuBLAS) error\b|Triton Error \[(CUDA|HIP)\]")
@@ -33,7 +33,7 @@ def explained(run: RunDirectory) -> Iterator[None]:
     except RuntimeError as error:
         if not is_of_device(error):
             raise
-        reported = str(error).split("\n", 1)[0].rstrip(".")
+        reported = first_line(error)
         raise DeviceError(_advice(error, reported, run)) from error
 
 

@@ -4,8 +4,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Self, TypeVar
 
@@ -14,9 +14,17 @@ from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.distributed import TCPStore
 
-from nerve.errors import NotGatheredError, noted
-from nerve.training.launching import Children, require_parent, take_ctrl_c
+from nerve.errors import NotGatheredError, first_line, noted
+from nerve.measuring.distributed import TOGETHER, Exit, reason_of_others
+from nerve.training.launching import (
+    Children,
+    exit_of,
+    has_lost_parent,
+    require_parent,
+    take_ctrl_c,
+)
 from nerve.training.signals import Interrupted
+from nerve.training.watching import watching
 
 COME_WITHIN_S = 1800.0
 """How long to wait for all processes, as long as torch does: preparing data may take one of them a
@@ -68,6 +76,8 @@ class Gathering:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._are_there and isinstance(error, Interrupted) and error.at_once:
+            self._children.kill()
         has_met_none = self._store is None and isinstance(error, NotGatheredError)
         if self._are_there or not self._are_started or has_met_none:
             return
@@ -120,8 +130,36 @@ class Gathering:
         self._opened().add(f"{self._prefix}/come", 1)
         self._wait_for(lambda store: store.add(f"{self._prefix}/come", 0) >= self._n)
         self._are_there = True
-        self._children.leave_to_lightning()
         self._connect()
+
+    @contextmanager
+    def watching(self, lost: Callable[[NotGatheredError], None]) -> Iterator[Mapping[int, Exit]]:
+        """Watches, while the block runs, the processes that this one has started, or the one that
+        has started it. If one of them fails, and the block waits for it nevertheless, ends this
+        process, and those that it has started.
+
+        Args:
+            lost: called with the reason before that, by another thread.
+
+        Yields:
+            those that have exited so far, by rank. One that has ended well is among them,
+            but does not end anything.
+        """
+        exits: dict[int, Exit] = {}
+
+        def look() -> bool:
+            ended = self._children.ended()
+            exits.update({rank: exit_of(status) for rank, status in ended.items()})
+            return any(ended.values()) or has_lost_parent()
+
+        def give_up() -> None:
+            try:
+                lost(reason_of_others() or NotGatheredError(f"{TOGETHER}; the first one ended"))
+            finally:
+                self._children.kill()
+
+        with watching(look, give_up):
+            yield exits
 
     def _wait_for(self, has_come: Callable[[TCPStore], bool]) -> bool:
         """Waits in short steps; returns False if there is nothing to do."""
@@ -140,9 +178,12 @@ class Gathering:
                     f"{told.removeprefix(_REFUSED)}"
                 )
             if ended:
+                exited = exit_of(next(iter(ended.values())))
+                if exited.is_stop:
+                    raise Interrupted(f"another process of the run {exited.how}")
                 raise NotGatheredError(
-                    "A run needs all of its processes; one that this one has started ended with "
-                    f"status {ended[0]} during the start. Its own output may say why."
+                    f"A run needs all of its processes; one that this one has started {exited.how} "
+                    "during the start. Its own output may say why."
                 )
             patience.wait()
         return True
@@ -227,5 +268,5 @@ def _asked(ask: Callable[[], T]) -> T:
     except RuntimeError as error:  # the base class of the errors of torch.distributed
         raise NotGatheredError(
             "A run needs all of its processes; the first one cannot be reached, or ended "
-            f"without giving a reason: {str(error).splitlines()[0]}"
+            f"without giving a reason: {first_line(error)}"
         ) from error

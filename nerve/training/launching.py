@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lightning.fabric.strategies.launchers.subprocess_script import _launch_process_observer
 from lightning.pytorch.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
@@ -19,7 +18,8 @@ from lightning.pytorch.plugins.environments import (
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from nerve.errors import ConfigError, NotGatheredError
-from nerve.training.signals import StopSignals
+from nerve.measuring.distributed import Exit
+from nerve.training.signals import STOPPING, StopSignals
 
 ENDS_WITHIN_S = 5.0
 """How long a process may take to end when it is asked to; then it is killed."""
@@ -63,9 +63,15 @@ class Children:
         with _as_parent():
             launcher._call_children_scripts()
 
-    def ended(self) -> list[int]:
-        """The exit statuses of those that have ended."""
-        return [status for each in self._processes if (status := each.poll()) is not None]
+    def ended(self) -> dict[int, int]:
+        """The exit statuses of those that have ended, by their rank in the run."""
+        statuses = {self._first + i: each.poll() for i, each in enumerate(self._processes)}
+        return {rank: status for rank, status in statuses.items() if status is not None}
+
+    def kill(self) -> None:
+        """Kills those that have not ended."""
+        for each in self._processes:
+            each.kill()  # does nothing to one that has ended
 
     def end(self) -> int:
         """Asks them to end, kills those that have not after `ENDS_WITHIN_S` seconds, or when this
@@ -84,19 +90,28 @@ class Children:
             except subprocess.TimeoutExpired:
                 pass
             finally:
-                for each in self._processes:
-                    each.kill()  # does nothing to one that has ended
+                self.kill()
         return len(self._processes)
 
     @property
     def _processes(self) -> list[subprocess.Popen[bytes]]:
         return self._launcher.procs if self._launcher else []  # it makes a new list when it starts
 
-    def leave_to_lightning(self) -> None:
-        """From now on, Lightning ends this process and the others if one of them fails, as it
-        would, had it started them."""
-        if self._processes:
-            _launch_process_observer(self._processes)
+    @property
+    def _first(self) -> int:
+        """The rank of the first of them; that of this process is one less."""
+        of = self._launcher
+        return of.cluster_environment.node_rank() * of.num_processes + 1 if of else 1
+
+
+def exit_of(status: int) -> Exit:
+    """An exit status in words, and whether the process had received a signal that asks to stop;
+    then its status is that of shells, unless it could not handle it yet."""
+    known = {each.value: each.name for each in signal.Signals}
+    how = f"ended with status {status}"
+    if status < 0:
+        how = f"was killed by {known.get(-status, f'signal {-status}')}"
+    return Exit(how, any(status in (-each, 128 + each) for each in STOPPING))
 
 
 def take_ctrl_c() -> None:
@@ -106,13 +121,18 @@ def take_ctrl_c() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
+def has_lost_parent() -> bool:
+    """Whether another process of the run started this one, and has ended."""
+    return os.environ.get(_PARENT, str(os.getppid())) != str(os.getppid())
+
+
 def require_parent() -> None:
     """Raises an error if another process of the run started this one and has ended.
 
     Raises:
         NotGatheredError: if it has, without waiting for this one.
     """
-    if os.environ.get(_PARENT, str(os.getppid())) != str(os.getppid()):
+    if has_lost_parent():
         raise NotGatheredError(
             "A run needs all of its processes; the first one ended without giving a reason."
         )

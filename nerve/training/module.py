@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
-from nerve.measuring.distributed import add_up, highest, n_processes
+from nerve.measuring.collectives import add_up, highest
+from nerve.measuring.distributed import n_processes
 from nerve.models import Penalty, Regularizer
 from nerve.optim import Schedule
 from nerve.training.device_errors import is_of_device

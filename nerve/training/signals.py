@@ -7,9 +7,12 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn, Self
+
+from nerve.errors import NotGatheredError, StoppedError
 
 log = logging.getLogger(__name__)
 
@@ -44,16 +47,20 @@ class Interrupted(SystemExit):
     Args:
         reason: why it stopped.
         code: the exit status of the process.
+        at_once: whether nothing is to be waited for.
     """
 
-    def __init__(self, reason: str, code: int = TO_BE_GONE_ON_WITH) -> None:
+    def __init__(
+        self, reason: str, code: int = TO_BE_GONE_ON_WITH, *, at_once: bool = False
+    ) -> None:
         super().__init__(code)
         self._reason = reason
+        self.at_once = at_once
 
     @classmethod
-    def by(cls, signum: int) -> "Interrupted":
+    def by(cls, signum: int, *, at_once: bool = False) -> "Interrupted":
         """By a signal, with the exit status that shells expect."""
-        return cls(f"stopped by {signal.Signals(signum).name}", 128 + signum)
+        return cls(f"stopped by {signal.Signals(signum).name}", 128 + signum, at_once=at_once)
 
     def __str__(self) -> str:
         return self._reason
@@ -94,13 +101,16 @@ class StopSignals(SignalsHandled):
     """Notes signals that ask to stop while the `with` block runs, and restores their handlers.
 
     Before `defer` is called, such a signal raises `Interrupted` immediately; afterwards the program
-    checks `received` where it can stop. A second Ctrl-C raises KeyboardInterrupt. Outside the main
-    thread, where Python does not allow signal handlers, nothing is installed.
+    checks `received` where it can stop. A second Ctrl-C raises it immediately, too, and further
+    signals are only noted. Not KeyboardInterrupt, of which Lightning makes another error. Outside
+    the main thread, where Python does not allow signal handlers, nothing is installed.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._deferred = False
+        self._is_held = False
+        self._raised: Interrupted | None = None
         self._is_handed_on = False
 
     def __exit__(self, *exception: object) -> None:
@@ -117,6 +127,32 @@ class StopSignals(SignalsHandled):
         """From now on, signals are only noted; also reinstalls handlers that were replaced."""
         self._deferred = True
         self.install()
+
+    def hold(self) -> None:
+        """From now on, all signals are only noted: what is left to do is short."""
+        self._is_held = True
+
+    @contextmanager
+    def of_all(self) -> Iterator[None]:
+        """Within the block, this process is also interrupted if another one was asked to stop; and
+        if it was itself asked to, the end of another one is part of that, and so is any error after
+        a signal has interrupted it at once: torch replaces an exception in the middle of a file.
+
+        Raises:
+            Interrupted: in place of the error.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self._raised is not None:
+                raise self._raised from error
+            if not isinstance(error, NotGatheredError):
+                raise
+            if self._received:
+                raise Interrupted.by(self._received[0]) from error
+            if isinstance(error, StoppedError):
+                raise Interrupted(str(error)) from error
+            raise
 
     def stop(self) -> NoReturn:
         """Ends training by raising `Interrupted`, also if another process received the signal."""
@@ -152,12 +188,15 @@ class StopSignals(SignalsHandled):
         return STOPPING if threading.current_thread() is threading.main_thread() else ()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if signum == signal.SIGINT and signum in self._received:
-            raise KeyboardInterrupt
+        is_second = signum == signal.SIGINT and signum in self._received
         if signum not in self._received:
             self._received.append(signum)
-        if not self._deferred:
-            raise Interrupted.by(signum)
+        if self._is_held:
+            return
+        if is_second or not self._deferred:
+            self._is_held = is_second
+            self._raised = Interrupted.by(signum, at_once=is_second)
+            raise self._raised
         more = " (press Ctrl-C again to exit immediately)" if signum == signal.SIGINT else ""
         text = f"\n{signal.Signals(signum).name}: stopping at the end of this step{more}\n"
         os.write(2, text.encode())  # sys.stderr may be in the middle of a write

@@ -353,6 +353,35 @@ def test_a_value_with_the_name_of_a_recorded_one_is_beside_it_and_is_a_factor(tm
     assert find_factors(runs).varying == ("config.host",)
 
 
+@pytest.mark.parametrize(
+    ("config", "columns"),
+    [
+        (
+            {"config": {"device": 1}, "device": 2},
+            {"config.device": 1, "config.config.device": 2},
+        ),
+        ({"a.b": 1, "a": {"b": 2, "c": 3}}, {"a.b": 1, "config.a.b": 2, "a.c": 3}),
+        ({"a": {"b": {"c": 1}, "b.c": 2}}, {"a.b.c": 1, "config.a.b.c": 2}),
+        ({"seed": "first"}, {"config.seed": "first"}),
+        ({"seed": True}, {"config.seed": True}),
+    ],
+)
+def test_no_value_of_a_stored_configuration_is_lost(
+    tmp_path, make_run, monkeypatch, config, columns
+):
+    """Earlier versions stored two values with one name, which are refused now."""
+    monkeypatch.setattr("nerve.storage.record.require_columns", lambda _: None)
+    make_run(tmp_path, config)
+    (row,) = load_runs(tmp_path).to_dict("records")
+    assert {name: row[name] for name in columns} == columns
+
+
+def test_seeds_that_are_not_integers_are_not_a_factor(tmp_path, make_run):
+    for seed in ("first", "second"):
+        make_run(tmp_path / seed, {"seed": seed, "width": len(seed)})
+    assert find_factors(load_runs(tmp_path)).varying == ("width",)
+
+
 def test_reading_needs_no_torch(tmp_path, make_run):
     """A report starts immediately: torch, Lightning and Hydra are not imported."""
     make_run(tmp_path)

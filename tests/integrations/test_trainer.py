@@ -34,7 +34,7 @@ from nerve.integrations import trainer
 from nerve.integrations.losses import StepLosses
 from nerve.integrations.trainer_states import TrainerStates
 from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
-from nerve.recording import recorder
+from nerve.recording import pipeline
 from nerve.storage.directory import RunDirectory
 
 N_STEPS = 7
@@ -244,7 +244,7 @@ def test_the_best_model_is_chosen_by_the_values_of_its_own_step(tmp_path, monkey
         def on_evaluate(self, args, state, control, metrics, **others):
             found[state.global_step] = metrics[f"eval_{name.removeprefix('eval_')}"]
 
-    monkeypatch.setattr(recorder, "spare_workers", lambda *how: 1)
+    monkeypatch.setattr(pipeline, "spare_workers", lambda *how: 1)
     monkeypatch.setattr(FFNEigenproblem, "solve", slowly)
     how = {"metric_for_best_model": name, "eval_strategy": "steps", "eval_steps": 3}
     how |= {"save_strategy": "best", "greater_is_better": True}

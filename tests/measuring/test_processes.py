@@ -13,16 +13,18 @@ import torch
 import torch.distributed as dist
 from processes import together
 
-from nerve.errors import NotGatheredError, StoreError
+from nerve.errors import NotGatheredError, StoppedError, StoreError
 from nerve.measuring import distributed
+from nerve.measuring.collectives import highest
 from nerve.measuring.distributed import (
+    Exit,
     Mailbox,
     gathered,
-    highest,
     knowing_others,
     leave,
     own_part,
     rank,
+    reason_of_others,
 )
 
 CPU = torch.device("cpu")
@@ -98,7 +100,13 @@ def two(monkeypatch):
             assert not thread.is_alive()
         return ends
 
+    def as_rank(index: int, function) -> None:
+        me.rank = index
+        function()
+        me.rank = 0
+
     call.store = store
+    call.as_rank = as_rank
     return call
 
 
@@ -146,7 +154,7 @@ def test_a_collective_that_another_process_has_left_raises_with_its_reason(two, 
             return leave(ValueError("no more")) if has_left else None
         time.sleep(0.02)
         leave(error)
-        with knowing_others():
+        with knowing_others({}):
             raise error
 
     raised = two(process)[0]
@@ -158,12 +166,99 @@ def test_a_collective_that_another_process_has_left_raises_with_its_reason(two, 
     assert reason in str(raised)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1), StoppedError("told so")])
+def test_a_process_that_was_asked_to_stop_says_so(two, error):
+    def process(index: int) -> object:
+        return leave(error) if index == 1 else gathered(index)
+
+    assert isinstance(two(process)[0], StoppedError)
+
+
+def test_a_process_that_has_exited_is_not_waited_for(two, monkeypatch):
+    """Neither for its value nor for half a minute, in case its error was caught."""
+    monkeypatch.setattr(distributed, "BELIEVED_AFTER_S", 60.0)
+    exits: dict[int, Exit] = {}
+    began = time.monotonic()
+
+    def process(index: int) -> object:
+        if index == 1:
+            time.sleep(0.05)
+            return exits.update({1: Exit("was killed by SIGKILL")})
+        with knowing_others(exits):
+            return gathered(index)
+
+    error = two(process)[0]
+    assert str(error) == (
+        "The processes of a run must all continue together; process 1 was killed by SIGKILL"
+    )
+    assert time.monotonic() - began < 10
+
+
+def test_a_process_that_exited_because_it_was_asked_to_stop_was_stopped(two):
+    with knowing_others({1: Exit("was killed by SIGINT", is_stop=True)}):
+        assert isinstance(reason_of_others(), StoppedError)
+
+
+def test_what_a_process_sent_before_it_exited_is_received(two):
+    has_sent = threading.Event()
+
+    def process(index: int) -> object:
+        box = Mailbox()
+        if index == 1:
+            box.send("last")
+            return has_sent.set()
+        assert has_sent.wait(10)
+        with knowing_others({1: Exit("ended with status 0")}):
+            return box.take(wait=True)
+
+    assert two(process)[0] == ["last"]
+
+
+def test_after_the_block_no_exits_are_known(two):
+    with knowing_others({1: Exit("was killed by SIGKILL")}):
+        assert "was killed" in str(reason_of_others())
+    assert reason_of_others() is None
+
+
+@pytest.mark.parametrize("late_s", [0.0, 0.1])
+def test_an_exit_that_is_noticed_late_explains_a_closed_connection(two, late_s):
+    exits: dict[int, Exit] = {}
+
+    def process(index: int) -> object:
+        if index == 1:
+            time.sleep(late_s)
+            return exits.update({1: Exit("was killed by SIGKILL")})
+        with knowing_others(exits):
+            raise CLOSED
+
+    assert "process 1 was killed by SIGKILL" in str(two(process)[0])
+
+
+@pytest.mark.parametrize(
+    ("exits", "reason"),
+    [
+        ({}, "process 1 has stopped: RuntimeError"),
+        ({3: Exit("was killed by SIGKILL")}, "process 3 was"),
+    ],
+)
+def test_one_that_left_because_of_another_one_is_the_last_to_explain_it(
+    two, monkeypatch, exits, reason
+):
+    monkeypatch.setattr(distributed, "n_processes", lambda: 5)
+    two.as_rank(1, lambda: leave(CLOSED))
+    two.as_rank(2, lambda: leave(NotGatheredError("of process 1")))
+    with knowing_others(exits):
+        assert reason in str(reason_of_others())
+        two.as_rank(4, lambda: leave(ValueError("the first")))
+        assert "process 4 has stopped: ValueError: the first" in str(reason_of_others())
+
+
 def test_other_errors_are_raised_as_they_are_even_if_another_process_has_left(two):
     own = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     def process(index: int) -> object:
         leave(own)
-        with knowing_others():
+        with knowing_others({}):
             raise own
 
     assert two(process) == [own, own]

@@ -24,6 +24,7 @@ def test_the_final_norm_stays_without_norms_and_can_be_switched_off() -> None:
     assert isinstance(Normalization(kind="none").build(8), nn.Identity)
     assert isinstance(Normalization(kind="none").build_final(8), nn.LayerNorm)
     assert isinstance(Normalization(kind="rmsnorm").build_final(8), nn.RMSNorm)
+    assert Normalization(kind="none", eps=1e-3).build_final(8).eps == 1e-3
     for kind in ("layernorm", "none"):
         assert isinstance(Normalization(kind=kind, final=False).build_final(8), nn.Identity)
 

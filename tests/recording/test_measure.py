@@ -264,6 +264,9 @@ def test_a_seed_among_the_labels_is_that_of_the_run(tmp_path, model, batches, se
 def test_a_step_without_a_run_raises(model, batches):
     with pytest.raises(ConfigError, match=r"step=10 without into=\. Leave it out"):
         nerve.measure(model, batches, step=10)
+    for given in ({"labels": {"family": "mine"}}, {"fingerprints": {"family": "5a"}}):
+        with pytest.raises(ConfigError, match=r"got family without into=\. Give into=, or leave"):
+            nerve.measure(model, batches, **given)
 
 
 def test_skipping_all_positions_raises(model):

@@ -202,7 +202,7 @@ def test_a_closed_recorder_keeps_no_model(store):
     """Nor the solver's memory, which is pinned with a GPU."""
     model, recorder = network(), Recorder(MonitorSettings(), store)
     recorder.open(ffns(model), CPU, anew=True)
-    seen = [weakref.ref(model), weakref.ref(recorder._solver)]
+    seen = [weakref.ref(model), weakref.ref(recorder._pipeline._solver)]
     validate(recorder, model, 0)
     recorder.drain()
     recorder.close()

@@ -40,6 +40,13 @@ def test_a_list_is_sorted_without_duplicates():
         steps_of("log:3", None)
 
 
+def test_a_cadence_of_groups_needs_groups_or_sites():
+    with pytest.raises(ConfigError, match=r"groups_every=4 has no effect without monitor\.groups"):
+        MonitorSettings(groups_every=4)
+    for parts in ({"groups": ["halves"]}, {"sites": ["input"]}):
+        assert MonitorSettings(groups_every=4, **parts).groups_every == 4
+
+
 @pytest.mark.parametrize(
     ("every", "steps", "begins"),
     [(5, None, True), (None, [0, 3], True), (None, [3], False), (None, "log:4", True)],

@@ -272,3 +272,25 @@ def test_a_store_of_no_run_is_refused(tmp_path):
         RunDirectory(tmp_path).store()
     RunRecord.create(tmp_path, {}, run_id="mine")
     assert RunDirectory(tmp_path).store().run_id == "mine"
+
+
+def test_an_interruption_that_the_run_has_not_recorded_is_recorded(tmp_path):
+    run = RunDirectory(tmp_path)
+    with run.locked():
+        run.interrupt(KeyboardInterrupt())  # before there is a record
+        run.create({})
+        run.interrupt(KeyboardInterrupt("as it started"))
+    assert RunRecord.load(tmp_path).run_status == "interrupted"
+    assert RunRecord.load(tmp_path).error["message"] == "as it started"
+    for status in ("done", "failed", "interrupted"):
+        RunRecord.load(tmp_path).finish(status)
+        with run.locked():
+            run.interrupt(KeyboardInterrupt())
+        assert (RunRecord.load(tmp_path).run_status, run.record.error) == (status, None)
+
+
+def test_a_run_that_another_process_may_have_is_not_interrupted(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.create({})
+    run.interrupt(KeyboardInterrupt())  # without the lock
+    assert RunRecord.load(tmp_path).run_status == "running"

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import zlib
+from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from nerve.errors import StoreError
 from nerve.storage.identity import config_id, differences, ids_of_plain
 from nerve.storage.record import DamagedRecordError, RunRecord
+from nerve.storage.record_fields import KINDS
 
 CONFIG = {"seed": 3, "ffn": {"width": "8/3"}, "note": "two\nlines <script>alert(1)</script> \ud800"}
 
@@ -283,6 +285,9 @@ def test_what_is_not_a_record_is_named(tmp_path, text):
         {"run_status": {"done": 1}},
         {"job": "7"},
         {"host": 7},
+        {"warning": 7},
+        {"stopped_by": ["a"]},
+        {"separator_token": {}},
         {"config": "lr"},
         {"fingerprints": None},
         {"schema_version": 1e400},
@@ -297,6 +302,13 @@ def test_a_record_with_a_value_of_another_type_is_named(tmp_path, values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values | {"checksum": None}))
     with pytest.raises(DamagedRecordError, match=r"run\.json"):
         RunRecord.load(tmp_path)
+
+
+def test_every_field_of_the_file_has_a_type():
+    """Except `config_id`, which is computed anew."""
+    checked = [name for _, _, names in KINDS for name in names]
+    own = {"directory", "config_id", "design_id"}
+    assert sorted(checked) == sorted({each.name for each in fields(RunRecord)} - own)
 
 
 def test_a_record_that_is_nested_without_end_is_named(tmp_path):

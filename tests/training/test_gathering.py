@@ -4,16 +4,18 @@ import os
 import signal
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch.distributed as dist
-from launchers import WAITS, Launcher
+from launchers import IGNORES, WAITS, Launcher
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from processes import held_port
 
 from nerve.errors import ConfigError, DataError, NotGatheredError, StoreError
-from nerve.training import gathering, launching
+from nerve.measuring.distributed import Exit, knowing_others
+from nerve.training import gathering, watching
 from nerve.training.gathering import Gathering
 from nerve.training.signals import Interrupted, StopSignals
 
@@ -264,32 +266,123 @@ def test_processes_that_something_else_starts_are_not_started_twice(alone, monke
     assert launcher.procs == []
 
 
-def test_processes_that_have_come_are_left_to_lightning(alone, monkeypatch):
-    trainer, environment, watched = Trainer(), LightningEnvironment(), []
-    trainer.strategy.launcher = launcher = Launcher(WAITS)
-    monkeypatch.setattr(launching, "_launch_process_observer", watched.extend)
+def gathered(launcher: Launcher, error: BaseException | None = None) -> None:
+    """A fit whose processes have all come; then it ends, or raises the error."""
+    trainer = Trainer()
+    trainer.strategy.launcher = launcher
+    with Gathering(LightningEnvironment(), 1 + len(launcher.codes), leads=True) as members:
+        members.begin()
+        members.start_others(trainer)
+        members._opened().add(f"{members._prefix}/come", len(launcher.codes))  # as the others do
+        members.before(trainer)
+        trainer.strategy.setup_environment()
+        if error is not None:
+            raise error
 
-    def lead() -> None:
-        with Gathering(environment, 2, leads=True) as members:
-            members.begin()
-            members.start_others(trainer)
-            members._opened().add(f"{members._prefix}/come", 1)  # as the other does
-            members.before(trainer)
-            assert watched == []
-            trainer.strategy.setup_environment()
-            raise DataError("in the middle of the fit")
 
-    with pytest.raises(DataError):
-        lead()
+@pytest.mark.parametrize("error", [DataError("in the middle"), Interrupted("stopped"), None])
+def test_processes_that_have_come_end_by_themselves(alone, error):
+    launcher = Launcher(WAITS)
+    with pytest.raises(type(error)) if error else nullcontext():
+        gathered(launcher, error)
     (child,) = launcher.procs
-    assert watched == [child]
     assert child.poll() is None
     child.kill()
     child.wait()
 
 
-@pytest.mark.parametrize("status", [0, 7])
-def test_a_process_that_ends_while_it_is_waited_for_ends_the_run(alone, status):
+def test_a_second_ctrl_c_kills_processes_that_have_come(alone):
+    """They may wait for this one in a collective, in which Python handles no signal."""
+    launcher = Launcher(IGNORES + WAITS)
+    with pytest.raises(Interrupted):
+        gathered(launcher, Interrupted.by(signal.SIGINT, at_once=True))
+    assert launcher.procs[0].wait(10) == -signal.SIGKILL
+
+
+class Watched:
+    """A fit of processes that run these codes; `exits` is what it knows of them."""
+
+    def __init__(self, *codes: str) -> None:
+        self.launcher = Launcher(*codes)
+        self.members = Gathering(LightningEnvironment(), 1 + len(codes), leads=True)
+        self.members._children.start(self.launcher)
+        self.lost: list[NotGatheredError] = []
+
+    def until_known(self, n: int) -> dict[int, Exit]:
+        with self.members.watching(self.lost.append) as exits:
+            until = time.monotonic() + 10
+            while len(exits) < n and time.monotonic() < until:
+                time.sleep(0.01)
+        return dict(exits)
+
+    def statuses(self) -> list[int]:
+        return [each.wait(10) for each in self.launcher.procs]
+
+
+DIES = "import os; print(flush=True); os.kill(os.getpid(), 9)"
+FAILS = "print(flush=True); raise SystemExit(3)"
+ENDS = "print(flush=True)"
+
+
+@pytest.fixture
+def ended(monkeypatch) -> threading.Event:
+    """Is set where this process would be ended."""
+    ended = threading.Event()
+
+    def end(status: int) -> None:
+        assert status == 1
+        ended.set()
+
+    monkeypatch.setattr(watching.os, "_exit", end)
+    monkeypatch.setattr(watching, "POLL_S", 0.01)
+    monkeypatch.setattr(watching, "GIVES_UP_AFTER_S", 0.1)
+    return ended
+
+
+def test_a_fit_knows_which_of_its_processes_have_exited(alone, ended):
+    fit = Watched(DIES, FAILS, ENDS)
+    assert fit.until_known(3) == {
+        1: Exit("was killed by SIGKILL"),
+        2: Exit("ended with status 3"),
+        3: Exit("ended with status 0"),
+    }
+    assert fit.lost == []  # it ended in time
+
+
+def test_a_fit_that_waits_for_a_failed_process_ends_with_all_others(alone, ended):
+    fit = Watched(DIES, IGNORES + WAITS)
+    with fit.members.watching(fit.lost.append) as exits, knowing_others(exits):
+        assert ended.wait(10)
+    assert fit.statuses() == [-signal.SIGKILL, -signal.SIGKILL]
+    assert [str(error).partition("; ")[2] for error in fit.lost] == [
+        "process 1 was killed by SIGKILL"
+    ]
+
+
+def test_processes_that_end_well_do_not_disturb_a_fit_that_goes_on(alone, ended):
+    fit = Watched(ENDS, ENDS)
+    with fit.members.watching(fit.lost.append) as exits:
+        assert not ended.wait(0.5)
+    assert (set(exits), fit.lost) == ({1, 2}, [])
+
+
+def test_a_fit_whose_first_process_was_killed_does_not_wait_for_it(ended, monkeypatch):
+    monkeypatch.setenv("NERVE_PARENT", str(os.getpid()))  # which is not that of this process
+    lost: list[NotGatheredError] = []
+    with Gathering(LightningEnvironment(), 2, leads=False).watching(lost.append):
+        assert ended.wait(10)
+    assert "the first one ended" in str(lost[0])
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "how"),
+    [
+        (0, NotGatheredError, "ended with status 0 during the start"),
+        (7, NotGatheredError, "ended with status 7 during the start"),
+        (130, Interrupted, "another process of the run ended with status 130"),
+    ],
+)
+def test_a_process_that_ends_while_it_is_waited_for_ends_the_run(alone, status, kind, how):
     trainer, environment = Trainer(), LightningEnvironment()
     trainer.strategy.launcher = Launcher(f"print(flush=True); raise SystemExit({status})")
 
@@ -300,7 +393,7 @@ def test_a_process_that_ends_while_it_is_waited_for_ends_the_run(alone, status):
             members.before(trainer)
             trainer.strategy.setup_environment()
 
-    with pytest.raises(NotGatheredError, match=f"ended with status {status} during the start"):
+    with pytest.raises(kind, match=how):
         lead()
 
 

@@ -15,7 +15,13 @@ from lightning.pytorch.plugins.environments import (
 
 from nerve.errors import ConfigError, NotGatheredError
 from nerve.training import launching
-from nerve.training.launching import Children, environment_of, require_parent, take_ctrl_c
+from nerve.training.launching import (
+    Children,
+    environment_of,
+    exit_of,
+    require_parent,
+    take_ctrl_c,
+)
 from nerve.training.signals import Interrupted
 
 
@@ -23,10 +29,10 @@ def test_all_are_ended_also_one_that_does_not_obey(alone):
     children, launcher = Children(), Launcher(WAITS, IGNORES + WAITS)
     assert children.end() == 0
     children.start(launcher)
-    assert children.ended() == []
+    assert children.ended() == {}
     assert children.end() == 2
     assert [each.wait(10) for each in launcher.procs] == [-signal.SIGTERM, -signal.SIGKILL]
-    assert children.ended() == [-signal.SIGTERM, -signal.SIGKILL]
+    assert children.ended() == {1: -signal.SIGTERM, 2: -signal.SIGKILL}
 
 
 @pytest.mark.parametrize(
@@ -80,6 +86,31 @@ def test_ctrl_c_that_came_before_is_taken_where_another_process_blocked_it(monke
             take_ctrl_c()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def test_those_of_another_node_have_the_ranks_that_follow_that_of_this_process(alone, monkeypatch):
+    monkeypatch.setenv("NODE_RANK", "2")
+    children, launcher = Children(), Launcher(WAITS, WAITS)
+    children.start(launcher)
+    children.kill()
+    for each in launcher.procs:
+        each.wait(10)
+    assert children.ended() == {7: -signal.SIGKILL, 8: -signal.SIGKILL}
+
+
+@pytest.mark.parametrize(
+    ("status", "how", "is_stop"),
+    [
+        (0, "ended with status 0", False),
+        (3, "ended with status 3", False),
+        (-signal.SIGKILL, "was killed by SIGKILL", False),
+        (-signal.SIGINT, "was killed by SIGINT", True),
+        (128 + signal.SIGTERM, "ended with status 143", True),
+        (-40, "was killed by signal 40", False),
+    ],
+)
+def test_an_exit_status_in_words(status, how, is_stop):
+    assert exit_of(status) == (how, is_stop)
 
 
 def test_the_process_that_started_this_one_must_not_have_ended(monkeypatch):

@@ -758,7 +758,7 @@ def test_measurements_that_are_solved_late_keep_their_step_and_their_order(tmp_p
         return solve(problem)
 
     monkeypatch.setattr(FFNEigenproblem, "solve", late)
-    monkeypatch.setattr("nerve.recording.recorder.spare_workers", lambda *args: 1)
+    monkeypatch.setattr("nerve.recording.pipeline.spare_workers", lambda *args: 1)
     recorder, watch = Recorder(), Watch()
     data = batches(6), batches(1, seed=1)
     extra = {"loggers": [recorder], "callbacks": [watch]}
@@ -782,7 +782,7 @@ def test_the_first_measurement_is_waited_for_where_a_callback_monitors_it(tmp_pa
         return solve(problem)
 
     monkeypatch.setattr(FFNEigenproblem, "solve", late)
-    monkeypatch.setattr("nerve.recording.recorder.spare_workers", lambda *args: 1)
+    monkeypatch.setattr("nerve.recording.pipeline.spare_workers", lambda *args: 1)
     monitored = "nerve.training.fit.is_awaited"
     ask = fit_module.is_awaited
     monkeypatch.setattr(monitored, lambda trainer: (began.set(), ask(trainer))[1])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from nerve.errors import NotGatheredError, StoppedError
 from nerve.training import signals
 from nerve.training.signals import STOPPING, Interrupted, StopSignals
 
@@ -38,15 +39,72 @@ def test_in_training_a_signal_waits_to_be_asked_for(signum):
         assert stopped.value.code == 128 + signum
 
 
-def test_a_second_ctrl_c_ends_at_once(capfd):
+def test_a_second_ctrl_c_ends_at_once_and_a_third_changes_nothing(capfd):
+    """What the second one ends is being saved."""
     with StopSignals() as asked:
         asked.defer()
         send(signal.SIGINT)
         assert (
             "SIGINT: stopping at the end of this step (press Ctrl-C again" in capfd.readouterr().err
         )
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted, match="stopped by SIGINT") as stopped:
             send(signal.SIGINT)
+        assert (stopped.value.code, stopped.value.at_once) == (130, True)
+        send(signal.SIGINT)
+        send(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("is_deferred", [False, True])
+def test_an_error_in_what_a_signal_has_interrupted_is_part_of_that(is_deferred):
+    """torch.save, in the middle of a file: `unexpected pos 21440 vs 21334`."""
+
+    def save() -> None:
+        try:
+            send(signal.SIGINT)
+            send(signal.SIGINT)
+        finally:
+            raise RuntimeError("unexpected pos")
+
+    with StopSignals() as asked:
+        if is_deferred:
+            asked.defer()
+        with pytest.raises(Interrupted, match="stopped by SIGINT") as raised, asked.of_all():
+            save()
+    assert raised.value.at_once is is_deferred
+    assert str(raised.value.__cause__) == "unexpected pos"
+
+
+def test_signals_that_are_held_are_only_noted():
+    with StopSignals() as asked:
+        asked.hold()
+        for signum in STOPPING:
+            send(signum)
+            send(signum)
+        assert asked.received
+
+
+CLOSED = NotGatheredError("process 1 was killed by SIGKILL")
+
+
+@pytest.mark.parametrize(
+    ("received", "error", "ends_with", "code"),
+    [
+        (False, CLOSED, CLOSED, None),
+        (True, CLOSED, "stopped by SIGTERM", 143),
+        (True, StoppedError("process 1 has stopped"), "stopped by SIGTERM", 143),
+        (False, StoppedError("process 1 has stopped"), "process 1 has stopped", 75),
+        (True, ValueError("own"), "own", None),
+    ],
+)
+def test_a_run_is_interrupted_as_a_whole(received, error, ends_with, code):
+    with StopSignals() as asked:
+        asked.defer()
+        if received:
+            send(signal.SIGTERM)
+        with pytest.raises((Interrupted, type(error))) as raised, asked.of_all():
+            raise error
+    assert (str(raised.value), getattr(raised.value, "code", None)) == (str(ends_with), code)
+    assert raised.value is error or raised.value.__cause__ is error
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR2])

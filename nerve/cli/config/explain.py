@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nerve.cli.config.compose import CONF, SWEEPS
 from nerve.config import pasted
-from nerve.errors import NerveError
+from nerve.errors import NerveError, first_line
 
 
 def explain_error(error: Exception) -> str:
@@ -70,7 +70,7 @@ def explain_unresolved(
     where = f", which {error.full_key} refers to" if error.full_key else ""
     selected = f"; selected: {', '.join(chosen)}" if chosen else ""
     return (
-        f"The values of a run must exist and be compatible; {text.splitlines()[0]}{where}. "
+        f"The values of a run must exist and be compatible; {first_line(error)}{where}. "
         f"Choose compatible options, or set the value{selected}."
     )
 

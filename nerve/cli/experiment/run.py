@@ -3,6 +3,7 @@
 import logging
 import os
 import warnings
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -31,9 +32,9 @@ from nerve.cli.experiment.plan import Plan
 from nerve.cli.experiment.start import is_done, start
 from nerve.cli.experiment.summary import final_scores, finish, objective_of
 from nerve.config import pasted
-from nerve.errors import DataError, StoreError, noted
+from nerve.errors import DataError, NotGatheredError, StoppedError, StoreError, noted
 from nerve.files import remove_temporaries
-from nerve.measuring.distributed import knowing_others
+from nerve.measuring.distributed import knowing_others, leave
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
@@ -86,18 +87,27 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
                     return _follow(plan, run, signals, gathering)
                 return objective_of(run, plan.objective)
             with run.locked():
-                record = start(run, config, hydra_config)
-                if record.run_status != "done":  # otherwise it has just finished
-                    gathering.begin()
-                    _lead(plan, run, record, signals, gathering)
+                try:
+                    record = start(run, config, hydra_config)
+                    if record.run_status != "done":  # otherwise it has just finished
+                        gathering.begin()
+                        _lead(plan, run, record, signals, gathering)
+                except Interrupted as interrupted:
+                    signals.hold()
+                    with noted(interrupted):
+                        run.interrupt(interrupted)
+                    raise
     return objective_of(run, plan.objective)
 
 
 def _follow(plan: Plan, run: RunDirectory, signals: StopSignals, gathering: Gathering) -> float:
     """Runs a process that does not record the run."""
     try:
-        return _run(plan, run, None, signals, None, gathering)
+        with signals.of_all():
+            return _run(plan, run, None, signals, None, gathering)
     except Interrupted as interrupted:
+        signals.hold()
+        leave(interrupted)  # if a second signal came before the fit could say so
         signals.hand_on()
         # A launcher takes another exit status of a process that it started for a crash.
         raise SystemExit(0) from interrupted
@@ -109,9 +119,10 @@ def _lead(
     """Runs the process that records how the run ends."""
     heartbeat = Heartbeat(record)
     try:
-        with heartbeat:
+        with heartbeat, signals.of_all():
             _run(plan, run, record, signals, heartbeat, gathering)
     except BaseException as error:
+        signals.hold()
         if record.run_status != "done":  # otherwise something failed after the run
             _record_end(record, error)
         if isinstance(error, Interrupted):
@@ -123,8 +134,16 @@ def _lead(
         signals.stop()
 
 
+def _give_up(record: RunRecord | None, error: NotGatheredError) -> None:
+    """Says and records that a run fails whose main thread waits for a process that has failed."""
+    os.write(2, f"nerve-run: {error}\n".encode())  # sys.stderr may be in the middle of a write
+    if record:
+        _record_end(record, error)
+
+
 def _record_end(record: RunRecord, error: BaseException) -> None:
-    # Lightning turns Ctrl-C into SystemExit.
+    if isinstance(error, StoppedError):
+        error = Interrupted(str(error))
     interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
     try:
         record.finish("interrupted" if interrupted else "failed", error=error)
@@ -164,7 +183,11 @@ def _run(
     log_configuration(trainer, plan)
     gathering.before(trainer)
     try:
-        with explained(run), knowing_others():
+        with (
+            explained(run),
+            gathering.watching(partial(_give_up, record)) as exits,
+            knowing_others(exits),
+        ):
             trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None)
     except BaseException as error:
         with noted(error):

@@ -3,7 +3,7 @@
 import torch
 
 from nerve.config import require, require_choice
-from nerve.errors import ConfigError
+from nerve.errors import ConfigError, first_line
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -22,7 +22,7 @@ def device_of(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"--device must be a device of this machine, such as cpu or cuda; got {name!r} "
-            f"({str(error).splitlines()[0]})."
+            f"({first_line(error)})."
         ) from error
     require(device.type != "meta", f"--device must hold weights; got {name!r}.")
     return device

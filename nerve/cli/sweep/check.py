@@ -10,7 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from nerve.cli.config.overrides import refuse_merged
@@ -46,17 +46,41 @@ class CheckInPlaceOfRun(Callback):
 
 
 def check_composed(hydra_config: HydraConf) -> None:
-    """Refuses what Hydra accepts for a single run and ignores: a launcher, and all but the last of
-    several options of a group."""
+    """Refuses what Hydra accepts for a single run and ignores: a launcher, values of a sweep, and
+    all but the last of several options of a group."""
     if hydra_config.mode != RunMode.MULTIRUN:
         loader = GlobalHydra.instance().config_loader()
         refuse_merged(loader, hydra_config, hydra_config.overrides.task)
+        given = _given(hydra_config, ("hydra.sweep", "hydra.sweeper"))
+        require(
+            not given,
+            f"hydra.sweep and hydra.sweeper apply to a sweep; got {' '.join(given)} with a single "
+            "run, which would ignore it. Add -m for a sweep; hydra.run.dir is the directory of a "
+            "single run.",
+        )
     launcher = hydra_config.runtime.choices.get("hydra/launcher", "basic")
     require(
         hydra_config.mode == RunMode.MULTIRUN or launcher == "basic",
         f"A launcher runs the trials of a sweep; hydra/launcher={launcher} would be ignored, and "
         "the run would start on this machine. Add -m.",
     )
+
+
+def check_swept(hydra_config: HydraConf) -> None:
+    """Refuses what Hydra accepts for a sweep and ignores: the directory of a single run."""
+    given = _given(hydra_config, ("hydra.run",))
+    require(
+        not given,
+        f"The trials of a sweep have their directories in hydra.sweep.dir; got {' '.join(given)}, "
+        "which would be ignored. Set hydra.sweep.dir.",
+    )
+
+
+def _given(hydra_config: HydraConf, nodes: Sequence[str]) -> list[str]:
+    """The overrides of these nodes on the command line."""
+    overrides: Any = OmegaConf.to_container(hydra_config.overrides.hydra)  # with ${…} as it is
+    keys = {each: each.lstrip("+~").partition("=")[0] for each in overrides}
+    return [each for each, key in keys.items() if ".".join(key.split(".")[:2]) in nodes]
 
 
 def check_experiment(config: DictConfig) -> None:

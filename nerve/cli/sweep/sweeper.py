@@ -19,7 +19,7 @@ from nerve.cli.config.compose import SUBMITIT_SLURM, depends_on_place, resolved
 from nerve.cli.config.hydra_internals import ConfigLoaderImpl, error_of
 from nerve.cli.config.overrides import refuse_lists, refuse_merged
 from nerve.cli.console import say
-from nerve.cli.sweep.check import preview
+from nerve.cli.sweep.check import check_swept, preview
 from nerve.cli.sweep.grid import Trial, combinations, compose_grid, plan_trials
 from nerve.cli.sweep.local import LOG_NAME, run_here
 from nerve.cli.sweep.slurm import SentJobs
@@ -118,6 +118,7 @@ class TrialSweeper(Sweeper):
                 "run without --multirun."
             )
         require_type("check", self.config.check, bool)
+        check_swept(self.config.hydra)
         grid = self._grid(arguments)
         launcher = resolved(self.config.hydra.launcher)
         self._check_launcher(launcher)
@@ -167,7 +168,7 @@ class TrialSweeper(Sweeper):
         return combinations(overrides)
 
     def _check_launcher(self, launcher: Mapping[str, Any]) -> None:
-        """Refuses a launcher that conflicts with `n_jobs`."""
+        """Refuses a launcher that conflicts with `n_jobs`, and values that it would ignore."""
         require(
             launcher["_target_"] != JOBLIB,
             "Trials run in parallel with hydra.sweeper.n_jobs; got hydra/launcher=joblib. Use "
@@ -178,6 +179,18 @@ class TrialSweeper(Sweeper):
             f"hydra.sweeper.n_jobs counts trials on this machine; got {self._n_jobs} with "
             "another launcher. Leave it out; for a SLURM array, set "
             "hydra.launcher.array_parallelism.",
+        )
+        require(
+            launcher["_target_"] == BASIC or self._timeout_s is None,
+            "hydra.sweeper.timeout_min limits trials on this machine; got "
+            f"{(self._timeout_s or 0) / 60:g} with another launcher. Leave it out; for a SLURM "
+            "array, set hydra.launcher.timeout_min.",
+        )
+        require(
+            launcher["_target_"] != BASIC or self._max_batch_size is None,
+            "hydra.sweeper.max_batch_size counts the trials that another launcher gets at once; "
+            f"got {self._max_batch_size} on this machine. Leave it out; hydra.sweeper.n_jobs is "
+            "how many run in parallel.",
         )
 
     def _hand_over(

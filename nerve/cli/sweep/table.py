@@ -9,7 +9,7 @@ from rich.table import Table
 
 from nerve.cli.console import console, error_text, figure, say, say_next
 from nerve.cli.sweep.grid import Trial
-from nerve.errors import NerveError, StoreError
+from nerve.errors import NerveError, StoreError, first_line
 from nerve.storage.record import RunRecord
 from nerve.storage.state import RunState
 
@@ -149,7 +149,7 @@ class SweepTable:
             lines.append(f"  {_some(names)}: {reason}")
         for error in errors:
             # submitit's message goes on with the whole log of the job; its first line has the path.
-            lines.append(f"  the launcher: {(str(error) or repr(error)).splitlines()[0]}")
+            lines.append(f"  the launcher: {first_line(error)}")
         lines.append(
             "Repeat the command to run what is not done; retry=true includes failed trials."
         )

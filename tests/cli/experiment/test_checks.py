@@ -138,6 +138,11 @@ BAD_GPT = [
     (["data.cache_dir=''"], ["data.cache_dir must name a file or a folder; got ''"]),
     (["data.tokenizer=true"], ["data.tokenizer must be a string; got True"]),
     (["data.tokenizer={a:1}"], ["data.tokenizer must be a string"]),
+    (
+        ["data.tokenizer=a.json", "data.tokenizer_sample_bytes=1000"],
+        ["data.tokenizer_sample_bytes=1000 has no effect with data.tokenizer=a.json"],
+    ),
+    (["monitor.groups_every=4"], ["monitor.groups_every=4 has no effect without monitor.groups"]),
     ([f"data.tokenizer={300 * 'n'}"], ["at most 255 bytes; data.tokenizer has one of 300, 'nnn"]),
     ([f"data.cache_dir='a/{130 * 'λ'}/b'"], ["at most 255 bytes; data.cache_dir has one of 260"]),
     (["data.corpus.roots=5"], ["data.corpus.roots must be a string; got 5"]),

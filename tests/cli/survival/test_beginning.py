@@ -22,6 +22,7 @@ from nerve.errors import StoreError
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
 from nerve.storage.state import RunLock, RunState
+from nerve.training.gathering import Gathering
 from nerve.training.module import TrainedModel
 
 LIBRARY = Path(os.__file__).parent
@@ -124,12 +125,26 @@ def test_after_a_second_ctrl_c_the_run_resumes_from_its_last_checkpoint(
     arguments = [*tiny, "trainer.accumulate_grad_batches=2", "checkpoint.every_n_steps=1"]
     assert run(*arguments, "hydra.run.dir=whole")[0] == 0
     stop_at(4, signal.SIGINT, from_then_on=True)
-    assert run(*arguments)[0] == 1
+    assert run(*arguments)[0] == 130
     record = RunRecord.load("mine")
     assert (record.run_status, record.step) == ("interrupted", 2)
+    assert record.error == {"type": "Interrupted", "message": "stopped by SIGINT"}
     go_on()
     assert run(*arguments)[0] == 0
     assert_same("whole", "mine")
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["new", "resumed"])
+def test_a_run_that_is_stopped_as_it_starts_is_interrupted(run, tiny, monkeypatch, stop_at, again):
+    """After its record says that it runs, and before its end would be recorded."""
+    if again:
+        stop_at(1, signal.SIGTERM)
+        assert run(*tiny)[0] == 143
+    monkeypatch.setattr(Gathering, "begin", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    assert run(*tiny)[0] == 130
+    record = RunRecord.load("mine")
+    assert (record.run_status, record.restarts) == ("interrupted", int(again))
+    assert record.error == {"type": "Interrupted", "message": "stopped by SIGINT"}
 
 
 def test_the_previous_signal_handler_is_called_once_all_is_saved(run, tiny, stop_at):

@@ -22,7 +22,7 @@ def late(monkeypatch):
         return solve(problem)
 
     monkeypatch.setattr(FFNEigenproblem, "solve", slow)
-    monkeypatch.setattr("nerve.recording.recorder.spare_workers", lambda *args: 2)
+    monkeypatch.setattr("nerve.recording.pipeline.spare_workers", lambda *args: 2)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,19 @@
 """A run that is stopped and resumed equals an undisturbed one, bit for bit."""
 
 import signal
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from processes import ranks
+from launched import launched
+from processes import ended, ranks
 
 import nerve
 from nerve.cli.experiment import build
 from nerve.errors import ConfigError
+from nerve.measuring.distributed import BELIEVED_AFTER_S
 from nerve.models import build_model
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
@@ -290,6 +294,60 @@ def test_the_first_process_records_why_another_one_has_failed(small, tmp_path):
     assert record.run_status == "failed"
     assert record.error["type"] == "NotGatheredError"
     assert "process 1 has stopped: ValueError: of the second" in record.error["message"]
+
+
+LEAVING = """
+import os
+import lightning as L
+from nerve.training import agreement
+
+asked = agreement.gathered
+
+def leave(value):
+    if os.environ.get("LOCAL_RANK") == "1" and os.environ["LEAVES"]:
+        exec(os.environ["LEAVES"])
+    return asked(value)
+
+agreement.gathered = leave
+
+class Leave(L.Callback):
+    pass
+"""
+
+
+ENDS = [
+    ("os.kill(os.getpid(), 9)", ("failed", "NotGatheredError", "1 was killed by SIGKILL")),
+    ("raise ValueError('mine')", ("failed", "NotGatheredError", "stopped: ValueError: mine")),
+    ("os.kill(os.getpid(), 2); os.kill(os.getpid(), 2)", ("interrupted", "Interrupted", "SIGINT")),
+]
+
+
+def test_a_run_is_recorded_whatever_ends_a_process_that_the_first_has_started(
+    small, assert_same, tmp_path
+):
+    """While the first one waits for it, in an exchange of nerve's own; and resumed each time, it
+    ends as if nothing had been."""
+    (tmp_path / "leaving.py").write_text(LEAVING)
+    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "retry=true"]
+    two += ["trainer.precision=32-true", "+callbacks.leave._target_=leaving.Leave"]
+
+    def launch(name: str, leaves: str) -> tuple[int, str]:
+        where = {"PYTHONPATH": str(tmp_path), "LEAVES": leaves}
+        process = launched([*small, *two, f"hydra.run.dir={name}"], tmp_path, **where)
+        return ended(process), Path(process.name).read_text()
+
+    for leaves, (run_status, kind, message) in ENDS:
+        began = time.monotonic()
+        status, output = launch("pieces", leaves)
+        assert status, output
+        assert time.monotonic() - began < BELIEVED_AFTER_S, output
+        record = RunRecord.load(tmp_path / "pieces")
+        assert (record.run_status, record.error["type"]) == (run_status, kind), output
+        assert message in record.error["message"]
+    for name in ("whole", "pieces"):
+        status, output = launch(name, "")
+        assert status == 0, output
+    assert_same("whole", "pieces")
 
 
 def test_the_pre_activations_are_scaled_only_once(

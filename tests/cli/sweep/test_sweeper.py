@@ -33,7 +33,7 @@ from nerve.cli.experiment.plan import Plan
 from nerve.cli.run import main
 from nerve.cli.sweep import local
 from nerve.cli.sweep.grid import Trial
-from nerve.cli.sweep.sweeper import JOBLIB
+from nerve.cli.sweep.sweeper import BASIC, JOBLIB
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
 from nerve.storage.state import FRESH, RunLock, RunState
@@ -523,6 +523,25 @@ def test_an_invalid_number_of_jobs_is_refused(sweep, value):
     status, _, err = sweep("seed=0,1", f"hydra.sweeper.n_jobs={value}")
     assert status == 1
     assert "hydra.sweeper.n_jobs must be" in err
+
+
+@pytest.mark.parametrize(
+    ("given", "launcher", "expected"),
+    [
+        ("max_batch_size=2", BASIC, "max_batch_size counts the trials that another launcher gets"),
+        ("timeout_min=30", "hydra_plugins.a.Launcher", "got 30 with another launcher"),
+        ("n_jobs=2", "hydra_plugins.a.Launcher", "got 2 with another launcher"),
+    ],
+)
+def test_a_value_that_the_launcher_would_ignore_is_refused(
+    sweep, monkeypatch, given, launcher, expected
+):
+    monkeypatch.setattr(Plugins, "instantiate_launcher", lambda *_, **__: None)
+    where = [f"hydra.launcher._target_={launcher}", f"hydra.sweeper.{given}"]
+    status, _, err = sweep("seed=0,1", *where)
+    assert status == 1
+    assert expected in err
+    assert not FOLDER.exists()
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_anything_starts(sweep):

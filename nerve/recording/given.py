@@ -1,0 +1,76 @@
+"""Checks the arguments of `nerve.measure` that are about the run in which it stores."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from nerve.config import require, require_count, require_several
+from nerve.measuring.given import require_mapping
+from nerve.metric_names import AROUND, GROUPS
+from nerve.recording.measured_run import OWN
+from nerve.storage.record import RunRecord
+from nerve.storage.schema import METRICS
+
+
+def check_stored(
+    into: str | os.PathLike[str] | None,
+    step: int,
+    spectra: bool | str,
+    resume: bool,
+    groups: Sequence[str],
+    sites: Sequence[str],
+    *,
+    is_series: bool,
+) -> None:
+    """Checks the arguments for storing, and that there is a run for them.
+
+    Raises:
+        ConfigError: for a value that is out of range, or that only a run takes.
+    """
+    require_count("step", step, least=0)
+    require(
+        step == 0 or (into is not None and not is_series),
+        f"step= is the step of a single model that is stored with into=; got step={step} "
+        f"{'and a series, which has its own' if is_series else 'without into='}. Leave it out.",
+    )
+    require(
+        spectra in (True, False, "auto"), f"spectra must be true, false or 'auto'; got {spectra!r}."
+    )
+    require(not resume or into is not None, "resume=True continues the run in into=; got none.")
+    for name, each, options in (("groups", groups, GROUPS), ("sites", sites, AROUND)):
+        require_several(name, each, options)
+    require(
+        into is not None or not (groups or sites),
+        "Groups and sites need a run to be stored in, for nerve.load_groups; got none. Give into=.",
+    )
+
+
+def check_labels(
+    into: str | os.PathLike[str] | None,
+    labels: Mapping[str, Any] | None,
+    fingerprints: Mapping[str, str] | None,
+) -> None:
+    """Checks what is stored beside the measurements.
+
+    Raises:
+        ConfigError: for what is no mapping by name or has no run, and for a label whose name is
+            reserved.
+    """
+    require_mapping("labels", labels)
+    require_mapping("fingerprints", fingerprints)
+    labels, given = labels or {}, [*(labels or {}), *(fingerprints or {})]
+    require(
+        into is not None or not given,
+        f"labels and fingerprints are stored with a run; got {', '.join(given)} without into=. "
+        "Give into=, or leave them out.",
+    )
+    recorded = {field.name for field in fields(RunRecord)} - {"seed"}
+    taken = sorted(labels.keys() & {*OWN, *METRICS.names, *recorded})
+    require(
+        not taken,
+        f"labels must not have the names {', '.join(OWN)}, those of columns of nerve.load_metrics, "
+        f"or those of what each run records (host, device, …), which nerve.load_runs would show in "
+        f"their place; got {', '.join(taken)}. Choose another name, or nest it: "
+        f"labels={{'group': {{'{taken[0] if taken else ''}': …}}}}.",
+    )
