@@ -80,7 +80,7 @@ class MonitorSettings:
         sites: additional sites to measure, among `stream_in`, `input`, `output` and `stream_out`.
 
     Raises:
-        ConfigError: for a value out of range, or one that has no effect.
+        ConfigError: for a value out of range.
     """
 
     every_n_steps: int | None = 25
@@ -112,11 +112,6 @@ class MonitorSettings:
         require_several("monitor.groups", self.groups, GROUPS)
         require_several("monitor.sites", self.sites, AROUND)
         require_count("monitor.groups_every", self.groups_every)
-        require(
-            self.groups_every == 1 or len(self.groups) + len(self.sites) > 0,
-            f"monitor.groups_every={self.groups_every} has no effect without monitor.groups and "
-            "monitor.sites. Set one of them, or leave it out.",
-        )
 
     @property
     def begins_at_zero(self) -> bool:

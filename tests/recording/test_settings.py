@@ -40,10 +40,8 @@ def test_a_list_is_sorted_without_duplicates():
         steps_of("log:3", None)
 
 
-def test_a_cadence_of_groups_needs_groups_or_sites():
-    with pytest.raises(ConfigError, match=r"groups_every=4 has no effect without monitor\.groups"):
-        MonitorSettings(groups_every=4)
-    for parts in ({"groups": ["halves"]}, {"sites": ["input"]}):
+def test_a_cadence_of_groups_needs_no_groups_as_a_sweep_may_cross_them_and_stored_runs_have_it():
+    for parts in ({}, {"groups": ["halves"]}, {"sites": ["input"]}):
         assert MonitorSettings(groups_every=4, **parts).groups_every == 4
 
 

@@ -13,7 +13,6 @@ from lightning.pytorch import LightningDataModule
 from nerve.cli.config.compose import build
 from nerve.config import KINDS, require, require_choice, require_type
 from nerve.data.batches import BatchDataModule
-from nerve.data.tokenizer import TokenizerSpec
 from nerve.errors import ConfigError, NerveError
 
 _SET_BY_THE_RUN = {
@@ -127,12 +126,6 @@ def require_data(data: Mapping[str, Any], sizes: Mapping[str, int], seed: int) -
     given = {key: value for key, value in data.items() if not key.startswith("_")}
     elsewhere = {"tokenizer": None} if "tokenizer" in given else {}
     require_types("data", target, data)
-    limit = given.get("tokenizer_sample_bytes", TokenizerSpec.sample_bytes)
-    require(
-        given.get("tokenizer") is None or limit == TokenizerSpec.sample_bytes,
-        f"data.tokenizer_sample_bytes={limit} has no effect with "
-        f"data.tokenizer={given.get('tokenizer')}, which is trained already. Leave it out.",
-    )
     try:
         target(**{**given, **sizes, **elsewhere}, seed=seed)
     except NerveError:

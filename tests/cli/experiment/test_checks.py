@@ -138,11 +138,6 @@ BAD_GPT = [
     (["data.cache_dir=''"], ["data.cache_dir must name a file or a folder; got ''"]),
     (["data.tokenizer=true"], ["data.tokenizer must be a string; got True"]),
     (["data.tokenizer={a:1}"], ["data.tokenizer must be a string"]),
-    (
-        ["data.tokenizer=a.json", "data.tokenizer_sample_bytes=1000"],
-        ["data.tokenizer_sample_bytes=1000 has no effect with data.tokenizer=a.json"],
-    ),
-    (["monitor.groups_every=4"], ["monitor.groups_every=4 has no effect without monitor.groups"]),
     ([f"data.tokenizer={300 * 'n'}"], ["at most 255 bytes; data.tokenizer has one of 300, 'nnn"]),
     ([f"data.cache_dir='a/{130 * 'λ'}/b'"], ["at most 255 bytes; data.cache_dir has one of 260"]),
     (["data.corpus.roots=5"], ["data.corpus.roots must be a string; got 5"]),
@@ -494,6 +489,13 @@ def test_data_may_be_on_another_machine_when_a_run_is_planned():
     data = [Plan.of(config).values["data"] for config in (text, images)]
     assert (data[0]["corpus"]["roots"], data[0]["tokenizer"]) == (["/nowhere"], "/nowhere.json")
     assert data[1]["images"]["path"] == "/nowhere"
+
+
+def test_values_without_effect_are_planned_as_a_sweep_may_cross_them_and_stored_runs_have_them():
+    tokenizer = ["data.tokenizer=a.json", "data.tokenizer_sample_bytes=1000"]
+    values = Plan.of(composed(*GPT, *tokenizer, "monitor.groups_every=4")).values
+    assert values["data"]["tokenizer_sample_bytes"] == 1000
+    assert (values["monitor"]["groups_every"], list(values["monitor"]["groups"])) == (4, [])
 
 
 def test_a_plan_holds_the_values_that_the_run_uses():
