@@ -111,11 +111,12 @@ def test_one_row_per_run_with_a_column_for_each_leaf(sweep, tmp_path):
 
 
 def test_runs_that_differ_in_their_seed_alone_share_a_design(tmp_path, make_run):
-    """Also if excluded values such as threads differ, but not if a factor does."""
+    """Also if values that nerve-run excludes, such as threads, differ, but not if a factor does."""
+    of_nerve_run = {group: {"x": 1} for group in GROUPS}
     configs = [
-        {"ffn": {"width": 4}, "seed": 0},
-        {"ffn": {"width": 4}, "seed": 1, "threads": 2},
-        {"ffn": {"width": 8}, "seed": 0},
+        {**of_nerve_run, "ffn": {"width": 4}, "seed": 0},
+        {**of_nerve_run, "ffn": {"width": 4}, "seed": 1, "threads": 2},
+        {**of_nerve_run, "ffn": {"width": 8}, "seed": 0},
     ]
     for i, config in enumerate(configs):
         make_run(tmp_path / str(i), config, steps=())
