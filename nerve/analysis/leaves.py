@@ -11,7 +11,7 @@ from nerve.storage.identity import EXCLUDED, GROUPS
 from nerve.storage.record import RunRecord
 
 RECORDED = {entry.name for entry in fields(RunRecord)} | {"design_id"}
-DIGESTS = ("weights", "batches")
+DIGESTS = ("weights", "batches", "masks")
 """Hashes of tensors in the configuration of a measured model, which differ between any two runs."""
 
 _MEASURED = ("measure", "probe")
