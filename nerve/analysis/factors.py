@@ -13,7 +13,8 @@ import pandas as pd
 from nerve.analysis.compare import COUNTS, NUMBERS
 from nerve.analysis.groups import contrasts, pr_column
 from nerve.analysis.leaves import leaves_of
-from nerve.metric_names import DERIVED, GROUP_SITES, GROUPS, POOLED
+from nerve.metric_names import DERIVED
+from nerve.sites_and_groups import GROUP_SITES, GROUPS, POOLED
 from nerve.storage.schema import METRICS
 
 DESIGN_FACTORS = (

@@ -11,9 +11,9 @@ from torch import Tensor
 from nerve.config import require, require_count, require_several
 from nerve.measuring.ffns import FFN
 from nerve.measuring.given import require_mapping
-from nerve.metric_names import AROUND, GROUPS
 from nerve.recording.digest import Digest
 from nerve.recording.measured_run import OWN
+from nerve.sites_and_groups import AROUND, GROUPS
 from nerve.storage.record import RunRecord
 from nerve.storage.schema import METRICS
 

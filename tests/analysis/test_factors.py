@@ -22,7 +22,7 @@ from nerve.analysis.groups import contrast_groups, contrasts, pr_of_groups
 from nerve.analysis.leaves import RECORDED
 from nerve.analysis.load import load_runs
 from nerve.analysis.scaling import fit_width_scaling
-from nerve.metric_names import GROUP_SITES, GROUPS, POOLED
+from nerve.sites_and_groups import GROUP_SITES, GROUPS, POOLED
 from nerve.storage.identity import GROUPS as KEYS_OF_NERVE_RUN
 
 RECORD = {"run_id": "r", "sweep": "s", "step": 1, "final.val_loss": 1.0, "versions.torch": "2"}
