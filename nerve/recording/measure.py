@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
@@ -124,9 +125,11 @@ def measure(
         participation ratio (pr), eigenvalue early enrichment (eee), total variance, corrected pr,
         and the variance shares of the farthest sample, of the farthest 0.1% and of the mean, each
         _pre and _post; Jensen-Shannon divergence (js, nats); variance_outside; precision and
-        status. Values that cannot be measured are NaN, and status gives the reason. `outliers`
-        names the sites whose spectrum may be dominated by a few samples. For a series, the first
-        column is the step; steps that were stored before have no rows.
+        status. Values that cannot be measured are NaN, and status gives the reason. Then the
+        derived columns of `nerve.load_metrics`: exp_se, pr_gain, delta_eee and others, `outliers`,
+        which names the sites whose spectrum may be dominated by a few samples, and `sampling`, by
+        N/D (missing with `groups=["halves"]`: `nerve.load_metrics` then rates by these). For a
+        series, the first column is the step; steps that were stored before have no rows.
 
     Raises:
         ConfigError: for a model, function or description of the wrong kind, duplicate steps, a
@@ -218,18 +221,29 @@ def _measure_new(
                 samples.mask(batch)
             samples.add(batch)
         run.require_same(samples.as_config())
-    frames = []
+    frames = [_frame_of((), 0, how, is_series=is_series)]
     for at, loaded in series:
         if run is not None and at in run.steps:
             continue
         tell = _prefixed(progress, f"step {at}: " if is_series else "")
         found = measure_one(loaded, batches, how, progress=tell, run=run, step=at, **given)
-        frames.append(frame_of(found))
+        frames.append(_frame_of(found, at, how, is_series=is_series))
         if is_series:
-            frames[-1].insert(0, "step", at)
             del loaded
             gc.collect()  # hooks and graphs may keep a model until then
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+    return pd.concat(frames[1:] or frames, ignore_index=True)
+
+
+def _frame_of(
+    spectra: Iterable[FFNSpectra], step: int, how: How, *, is_series: bool
+) -> pd.DataFrame:
+    """The rows of a model; those of a series with their step."""
+    rows = frame_of(spectra)
+    if "halves" in how.grouped.groupings:  # then nerve.load_metrics judges from these
+        rows = rows.assign(sampling=np.array(np.nan, object))
+    if is_series:
+        rows.insert(0, "step", step)
+    return rows
 
 
 def measure_one(

@@ -54,6 +54,31 @@ def test_a_measurement_is_stored_as_a_run(tmp_path, model, batches):
     assert nerve.measure(model, batches)["pr_post"].tolist() == rows["pr_post"].tolist()
 
 
+@pytest.mark.parametrize("how", [{}, {"groups": ["halves"]}])
+def test_the_columns_are_those_of_the_stored_rows(tmp_path, model, how):
+    """With the derived ones. Only halves say more about the samples than their number does."""
+    rows = nerve.measure(model, [torch.randn(8, 10, 4)], into=tmp_path, **how)
+    stored = nerve.load_metrics(tmp_path)
+    of_the_run = ["run_id", "step", "tokens_seen", "train_loss", "val_loss", "lr"]
+    of_the_run += ["run_status", "n_damaged_parts"]
+    assert sorted(rows.columns) == sorted(stored.columns.difference(of_the_run))
+    for name in rows.columns.difference(["sampling"] if how else []):
+        assert rows[name].tolist() == stored[name].tolist()
+    assert rows["sampling"].isna().all() == bool(how)
+
+
+@pytest.mark.parametrize("is_series", [False, True])
+def test_a_measurement_of_nothing_has_the_same_columns(tmp_path, model, batches, is_series):
+    """So that code after it also works if all steps were measured before."""
+    given = [(0, model)] if is_series else model
+    rows = nerve.measure(given, batches, into=tmp_path)
+    none = nerve.measure(given, batches, into=tmp_path, resume=True)
+    assert (len(rows), len(none)) == (1, 0)
+    assert none.dtypes.to_dict() == rows.dtypes.to_dict()
+    assert list(none.columns) == list(rows.columns)
+    pd.testing.assert_frame_equal(pd.concat([none, rows], ignore_index=True), rows)
+
+
 def test_a_series_is_one_run_with_all_its_steps(tmp_path, model, batches):
     """Models as a loop loads them: the same module with different weights."""
 
