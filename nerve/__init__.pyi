@@ -34,7 +34,6 @@ from .storage.parts import DamagedPartWarning as DamagedPartWarning
 from .storage.record import DamagedRecordWarning as DamagedRecordWarning
 from .storage.record import RunRecord as RunRecord
 from .storage.store import RunStore as RunStore
-from .training.callbacks import Heartbeat as Heartbeat
 from .training.checkpoint_files import load_model as load_model
 from .training.monitor import SpectralMonitor as SpectralMonitor
 from .training.stored_tokenizer import load_tokenizer as load_tokenizer

@@ -98,7 +98,8 @@ def watch(
         ConfigError: for a setting that is out of range, or an argument of the wrong kind.
         MeasurementError: for a model without FFNs, or features, masks or descriptions that are
             inconsistent.
-        StoreError: if the directory holds a run with another configuration, or one that is done.
+        StoreError: if the directory holds a run with another configuration, or one that is done or
+            has measured something and is not continued.
     """
     source = "train" if heldout is None else "heldout"
     return _Watch(
@@ -117,6 +118,7 @@ def watch(
             resume=resume,
             last_step=last_step,
             token_counts=token_counts,
+            goes_on_with="resume= and the state of a checkpoint",
         )
     )
 
@@ -165,6 +167,7 @@ def watched(
     ffns: Sequence[FFN] | None,
     resume: Mapping[str, Any] | None,
     last_step: int | None,
+    goes_on_with: str,
     first: int = 0,
     token_counts: Tensor | None = None,
 ) -> Iterator[WatchedLoop]:
@@ -174,6 +177,7 @@ def watched(
         settings: those of `MonitorSettings`, by name.
         batches: held-out batches; None to measure passes that the loop runs, in train or eval mode
             depending on the source.
+        goes_on_with: how the caller's user continues a run, as in `recorded_run`.
         first: the first step of a loop without `resume`.
         others: as in `watch`.
     """
@@ -201,6 +205,7 @@ def watched(
         directory,
         {**config, "monitor": asdict(chosen) | counted},
         goes_on=resume is not None,
+        goes_on_with=goes_on_with,
         seed=seed_of(config),
         n_parameters=sum(parameter.numel() for parameter in inner.parameters()),
         device=device_name_of(inner),

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -24,8 +23,6 @@ OWN = ("model", "weights", "batches", "measure", "text")
 
 _FOUND = ("model", "weights", "batches")
 """Those that are known only when a model is measured."""
-
-BEAT_EVERY_S = 10.0
 
 _MOST_SHOWN = 5
 """Number of different values that an error names."""
@@ -74,18 +71,11 @@ class MeasuredRun:
         self._own_model = "model" not in asked
         known = recorded.record.config
         self._config = {**asked, **{key: known[key] for key in _FOUND if key in known}}
-        self._heard = time.monotonic()
 
     @property
     def steps(self) -> dict[int, str]:
         """The steps that are measured and stored, each with the digest of its weights."""
         return _steps_of(self._config)
-
-    def beat(self) -> None:
-        """Updates the run's heartbeat at intervals; call it often."""
-        if time.monotonic() - self._heard > BEAT_EVERY_S:
-            self._heard = time.monotonic()
-            self._record.update()
 
     def require_batches(self, batches: Digest) -> None:
         """Raises `StoreError` if the batches differ from those of earlier steps."""
@@ -196,8 +186,8 @@ def measured_run(
         directory: the run directory.
         asked: the part of the configuration that is known in advance.
         spectra: whether eigenvalues are stored, as in `SpectraWriter`.
-        resume: whether to continue an existing run. Otherwise a run that is done is refused, and
-            one that is not starts over.
+        resume: whether to continue an existing run. Otherwise a run that has measured something is
+            refused.
         first: fields of a new run's record, such as `fingerprints`.
 
     Raises:
@@ -206,7 +196,9 @@ def measured_run(
     known = RunDirectory(directory).record
     found = {} if known is None else known.config
     config = {**{key: found[key] for key in _FOUND if key in found}, **asked}
-    with recorded_run(directory, config, goes_on=resume, **first) as run:
+    with recorded_run(
+        directory, config, goes_on=resume, goes_on_with="resume=True", **first
+    ) as run:
         if run is None:
             yield None
             return
