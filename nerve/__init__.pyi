@@ -35,7 +35,7 @@ from .storage.record import DamagedRecordWarning as DamagedRecordWarning
 from .storage.record import RunRecord as RunRecord
 from .storage.store import RunStore as RunStore
 from .training.checkpoint_files import load_model as load_model
-from .training.monitor import SpectralMonitor as SpectralMonitor
+from .training.recorded_fit import SpectralMonitor as SpectralMonitor
 from .training.stored_tokenizer import load_tokenizer as load_tokenizer
 
 __version__: str

@@ -4,7 +4,6 @@ import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.optim import Optimizer
 from nerve.config import from_mapping, require
 from nerve.integrations.heldout import Forward, batches_of
 from nerve.integrations.loop import WatchedLoop
-from nerve.integrations.wrapping import device_name_of, unwrapped
+from nerve.integrations.wrapping import device_of, unwrapped
 from nerve.measuring.choice import Choice
 from nerve.measuring.ffns import FFN
 from nerve.measuring.find import find_ffns
@@ -22,8 +21,8 @@ from nerve.measuring.forward import call
 from nerve.measuring.given import check_given, require_mapping, require_model, told
 from nerve.measuring.masks import Masks
 from nerve.measuring.streams import count_tokens
-from nerve.recording.run import recorded_run, seed_of
-from nerve.recording.settings import MonitorSettings
+from nerve.recording.run import device_name, recorded_run, seed_of
+from nerve.recording.settings import MonitorSettings, watched_config
 
 log = logging.getLogger(__name__)
 
@@ -184,14 +183,19 @@ def watched(
     require_model(model)
     chosen = from_mapping(MonitorSettings, settings, "monitor")
     check_given(ffns=ffns, mask=mask, forward=forward, exclude=exclude, layers=chosen.layers)
-    _check_loop(config, optimizer, resume)
+    _check_loop(optimizer, resume)
+    recorded_config = watched_config(config, chosen, exclude, only_labeled)
     steps = chosen.measured_steps(last_step)
     if resume is None and first == 0:
         chosen.require_some(last_step)
-    config = dict(config or {})
-    counted: dict[str, Any] = {"exclude": sorted(exclude), "only_labeled": only_labeled}
-    skip_first, is_grouped = chosen.skip_first, bool(chosen.groups)
-    choose = partial(Choice, mask=mask, skip_first=skip_first, is_grouped=is_grouped, **counted)
+    choose = partial(
+        Choice,
+        mask=mask,
+        exclude=sorted(exclude),
+        only_labeled=only_labeled,
+        skip_first=chosen.skip_first,
+        is_grouped=bool(chosen.groups),
+    )
     inner = unwrapped(model)
     if ffns is None:
         example = None if batches is None else batches[0]
@@ -203,12 +207,12 @@ def watched(
         token_counts = count_tokens(batches)
     with recorded_run(
         directory,
-        {**config, "monitor": asdict(chosen) | counted},
+        recorded_config,
         goes_on=resume is not None,
         goes_on_with=goes_on_with,
-        seed=seed_of(config),
+        seed=seed_of(recorded_config),
         n_parameters=sum(parameter.numel() for parameter in inner.parameters()),
-        device=device_name_of(inner),
+        device=device_name(device_of(inner)),
     ) as recorded:
         loop = WatchedLoop(model, chosen, steps, optimizer, recorded)
         try:
@@ -222,17 +226,11 @@ def watched(
             loop.close()
 
 
-def _check_loop(config: object, optimizer: object, resume: object) -> None:
+def _check_loop(optimizer: object, resume: object) -> None:
     """Raises `ConfigError` for arguments that `watch` does not accept."""
-    require_mapping("config", config)
     require_mapping("resume", resume)
     require(
         optimizer is None or hasattr(optimizer, "param_groups"),
         "optimizer must be the optimizer of the loop, whose learning rate is recorded; got "
         f"{told(optimizer)}. Leave it out, or give the optimizer itself.",
-    )
-    require(
-        not isinstance(config, Mapping) or "monitor" not in config,
-        "monitor is reserved for the measurement settings, which are added to config= "
-        "automatically; got a value for it. Choose another name.",
     )

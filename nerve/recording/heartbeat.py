@@ -1,5 +1,6 @@
 """Shows, in `run.json`, that a run's process lives, and how far it has come."""
 
+import atexit
 import threading
 from typing import Self
 
@@ -16,7 +17,7 @@ class Heartbeat:
     Whatever the block does takes as long as it takes: preparing data, compiling, measuring a large
     model, validating. `heartbeat` shows that the process lives; `step` and `advanced`, that it gets
     somewhere. The thread has no reference to anything but the record, and a forked process has no
-    such thread.
+    such thread. It ends before Python shuts down, even if the block is still open.
 
     Args:
         record: the run's record.
@@ -35,9 +36,14 @@ class Heartbeat:
 
     def __enter__(self) -> Self:
         self._thread.start()
+        atexit.register(self._stop)
         return self
 
     def __exit__(self, *exception: object) -> None:
+        atexit.unregister(self._stop)
+        self._stop()
+
+    def _stop(self) -> None:
         self._has_ended.set()
         self._thread.join()
 
@@ -54,13 +60,14 @@ class Heartbeat:
 
 
 def _beat(record: RunRecord, has_failed: threading.Event, has_ended: threading.Event) -> None:
-    step = record.step
+    known = record.step
     while not has_ended.wait(EVERY_S):
-        changes = {} if record.step == step else {"advanced": now()}
+        step = record.step
+        changes = {} if step == known else {"advanced": now()}
         try:
             record.update(**changes)
         except StoreError:  # told by the run's own thread, at its next step or at its end
             has_failed.set()
         else:
-            step = record.step
+            known = step
             has_failed.clear()

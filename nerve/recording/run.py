@@ -8,6 +8,8 @@ from functools import partial
 from numbers import Integral
 from typing import Any, NamedTuple
 
+import torch
+
 from nerve.errors import ConfigError, StoppedError, StoreError, noted
 from nerve.measuring.distributed import gathered, leave, rank
 from nerve.recording.heartbeat import Heartbeat
@@ -33,6 +35,11 @@ def seed_of(config: Mapping[str, Any]) -> int | None:
     """The `seed` of a caller's configuration, if it is an integer, also one of NumPy."""
     seed = config.get("seed")
     return int(seed) if isinstance(seed, Integral) and not isinstance(seed, bool) else None
+
+
+def device_name(device: torch.device) -> str:
+    """A device as it is recorded: a GPU by its model."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 @contextmanager
