@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from nerve.errors import ConfigError, StoppedError, StoreError, noted
-from nerve.measuring.distributed import gathered, leave, rank
+from nerve.measuring.departures import leave
+from nerve.measuring.messages import gathered
+from nerve.measuring.processes import rank
 from nerve.recording.heartbeat import Heartbeat
 from nerve.storage.directory import RunDirectory
 from nerve.storage.parts import list_parts, read_parts
