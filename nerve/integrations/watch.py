@@ -21,8 +21,9 @@ from nerve.measuring.forward import call
 from nerve.measuring.given import check_given, require_mapping, require_model, told
 from nerve.measuring.masks import Masks
 from nerve.measuring.streams import count_tokens
+from nerve.recording.given import watched_config
 from nerve.recording.run import device_name, recorded_run, seed_of
-from nerve.recording.settings import MonitorSettings, watched_config
+from nerve.recording.settings import MonitorSettings
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +70,11 @@ def watch(
             compiled or distributed.
         directory: the run directory.
         every_n_steps: steps between measurements; None if `steps` gives all of them.
-        config: anything that distinguishes your runs, by name; the measurement settings are added
-            as `monitor`. Its `seed`, if it is an integer, is the seed of the run. Each value has a
-            name of its own: `{"a.b": 1, "a": {"b": 2}}` is refused.
+        config: anything that distinguishes your runs, by name: two runs with an equal configuration
+            are repeats of one run, unless their seeds differ. The measurement settings are added as
+            `monitor`, with the layers and names of `ffns`, but not what `mask` and `forward` do.
+            Its `seed`, if it is an integer, is the seed of the run. Each value has a name of its
+            own: `{"a.b": 1, "a": {"b": 2}}` is refused.
         optimizer: provides the learning rate of the rows; null without it, or if its groups differ.
         heldout: batches to measure instead of the training batches; with several processes, each
             gives its own part.
@@ -184,14 +187,22 @@ def watched(
     chosen = from_mapping(MonitorSettings, settings, "monitor")
     check_given(ffns=ffns, mask=mask, forward=forward, exclude=exclude, layers=chosen.layers)
     _check_loop(optimizer, resume)
-    recorded_config = watched_config(config, chosen, exclude, only_labeled)
     steps = chosen.measured_steps(last_step)
     if resume is None and first == 0:
         chosen.require_some(last_step)
+    recorded_config = watched_config(
+        config,
+        chosen,
+        mask=mask,
+        exclude=exclude,
+        only_labeled=only_labeled,
+        ffns=ffns,
+        token_counts=token_counts,
+    )
     choose = partial(
         Choice,
         mask=mask,
-        exclude=sorted(exclude),
+        exclude=recorded_config["monitor"]["exclude"],
         only_labeled=only_labeled,
         skip_first=chosen.skip_first,
         is_grouped=bool(chosen.groups),

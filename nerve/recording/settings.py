@@ -1,8 +1,8 @@
 """Settings of the measurements during training: what is measured, and when."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from nerve.config import (
@@ -13,7 +13,6 @@ from nerve.config import (
     require_several,
     require_steps,
 )
-from nerve.measuring.given import require_mapping
 from nerve.measuring.projection import PROJECTED
 from nerve.sites_and_groups import AROUND, GROUPS
 
@@ -176,26 +175,3 @@ def steps_of(steps: Sequence[int] | str | None, last: int | None) -> tuple[int, 
         n = int(steps.removeprefix(SPACING))
         return tuple(sorted({0, *(round(last ** (i / (n - 1))) for i in range(n))}))
     return tuple(sorted(set(steps or ())))
-
-
-def watched_config(
-    config: Mapping[str, Any] | None,
-    settings: MonitorSettings,
-    exclude: Collection[int],
-    only_labeled: bool,
-) -> dict[str, Any]:
-    """The configuration of a run that is trained elsewhere: that of its user, with the settings of
-    the measurement as `monitor`.
-
-    Raises:
-        ConfigError: if `config` is not a mapping by name, or has a `monitor`.
-    """
-    require_mapping("config", config)
-    config = dict(config or {})
-    require(
-        "monitor" not in config,
-        "monitor is reserved for the measurement settings, which are added to config= "
-        "automatically; got a value for it. Choose another name.",
-    )
-    counted = {"exclude": sorted(exclude), "only_labeled": only_labeled}
-    return {**config, "monitor": asdict(settings) | counted}

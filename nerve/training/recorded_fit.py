@@ -10,8 +10,8 @@ import lightning as L
 from nerve.errors import noted
 from nerve.measuring.ffns import FFN
 from nerve.measuring.masks import Masks
+from nerve.recording.given import watched_config
 from nerve.recording.run import RecordedRun, device_name, recorded_run, seed_of
-from nerve.recording.settings import watched_config
 from nerve.training.monitor import FitMonitor
 
 
@@ -83,7 +83,15 @@ class SpectralMonitor(FitMonitor):
             None, ffns=ffns, mask=mask, exclude=exclude, only_labeled=only_labeled, **settings
         )
         self._directory = directory
-        self._config = watched_config(config, self.settings, exclude, only_labeled)
+        self._config = watched_config(
+            config,
+            self.settings,
+            mask=mask,
+            exclude=exclude,
+            only_labeled=only_labeled,
+            ffns=ffns,
+            token_counts=None,
+        )
         self._n_parameters = 0
         self._run: AbstractContextManager[RecordedRun | None] | None = None
         self._recorded: RecordedRun | None = None
