@@ -33,6 +33,9 @@ SLOW_S = 60.0
 """A run whose process is alive is slow if its heartbeat, due every ten seconds, is older than
 this."""
 
+IDLE_S = 60.0
+"""If the step of such a run has not changed for longer than this, the table says for how long."""
+
 WATCHED_EVERY_S = 10.0
 
 METRICS = DATASETS["metrics"]
@@ -45,7 +48,8 @@ def main() -> None:
         description="Shows the state, step, loss, time left, host and job of each run.",
         epilog="slow: the process is alive, but sent no heartbeat for a minute. queued: the SLURM "
         "job is pending. starting: the job has started, the run has not. dead: the process is gone "
-        "without having reported an end; its last checkpoint is what it resumes from.",
+        "without having reported an end; its last checkpoint is what it resumes from. last step: "
+        "when a run that is alive last reached a new step, if that is more than a minute ago.",
     )
     parser.add_argument(
         "path",
@@ -123,9 +127,9 @@ def status_of(directory: Path) -> Status:
 def _status_of(run: RunDirectory, overrides: tuple[str, ...], damaged: str) -> Status:
     directory = run.path
     state, record = run.state, run.require_record()
-    heard = datetime.fromisoformat(record.heartbeat)  # another machine's clock may be ahead
-    silent_s = max(0.0, (datetime.now(UTC) - heard).total_seconds())
+    silent_s = _seconds_since(record.heartbeat)
     is_alive = state == RunState.ALIVE
+    idle_s = _seconds_since(record.advanced) if is_alive and record.advanced else 0.0
     left_s = _left_s(record, silent_s) if is_alive else None
     # Measurements are written at once, the step in the record only with the heartbeat.
     measured = [part_step(path) for path in list_parts(directory, METRICS)]
@@ -138,9 +142,15 @@ def _status_of(run: RunDirectory, overrides: tuple[str, ...], damaged: str) -> S
         record.final["val_loss"] if "val_loss" in record.final else _last_val_loss(record),
         left_s,
         silent_s if state in (RunState.ALIVE, RunState.DEAD) else None,
+        idle_s if idle_s > IDLE_S else None,
         "; ".join(filter(None, [error_text(record.error), record.warning, damaged])),
         _job(record),
     )
+
+
+def _seconds_since(time: str) -> float:
+    """Seconds since a time of a record; another machine's clock may be ahead."""
+    return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds())
 
 
 def _overrides(directory: Path) -> tuple[tuple[str, ...], str]:

@@ -2,8 +2,8 @@
 what is checked, and what the run records of them."""
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
 from typing import Any
 
 from torch import Tensor
@@ -11,8 +11,10 @@ from torch import Tensor
 from nerve.config import require, require_count, require_several
 from nerve.measuring.ffns import FFN
 from nerve.measuring.given import require_mapping
+from nerve.measuring.masks import Masks
 from nerve.recording.digest import Digest
 from nerve.recording.measured_run import OWN
+from nerve.recording.settings import MonitorSettings
 from nerve.sites_and_groups import AROUND, GROUPS
 from nerve.storage.record import RunRecord
 from nerve.storage.schema import METRICS
@@ -106,3 +108,41 @@ def recorded_arguments(
         digest.add([token_counts])
         recorded["token_counts"] = str(digest)
     return recorded
+
+
+def watched_config(
+    config: Mapping[str, Any] | None,
+    settings: MonitorSettings,
+    *,
+    mask: Callable[[Any], Masks] | None,
+    exclude: Collection[int],
+    only_labeled: bool,
+    ffns: Sequence[FFN] | None,
+    token_counts: Tensor | None,
+) -> dict[str, Any]:
+    """The configuration of a run that a monitor records for its user: the user's own, and how it is
+    measured as `monitor`.
+
+    Args:
+        config: the user's.
+        settings: those of the monitor.
+        others: as in `nerve.watch`.
+
+    Raises:
+        ConfigError: if `config` is not a mapping by name, or has a `monitor`.
+    """
+    require_mapping("config", config)
+    config = dict(config or {})
+    require(
+        "monitor" not in config,
+        "monitor is reserved for the measurement settings, which are added to config= "
+        "automatically; got a value for it. Choose another name.",
+    )
+    arguments = recorded_arguments(
+        exclude=exclude,
+        only_labeled=only_labeled,
+        ffns=ffns,
+        token_counts=token_counts if "frequency" in settings.groups else None,
+    )
+    masked = {} if mask is None else {"mask": True}
+    return {**config, "monitor": asdict(settings) | arguments | masked}

@@ -134,7 +134,8 @@ def measure(
     Raises:
         ConfigError: for a model, function or description of the wrong kind, duplicate steps, a
             single batch instead of a list, or labels with a reserved name.
-        StoreError: if the directory holds another run, or one that is done.
+        StoreError: if the directory holds another run, or without `resume` one that has measured
+            something.
         MeasurementError: for a model without FFNs, no batches, or features, masks or descriptions
             that are inconsistent.
     """

@@ -1,7 +1,6 @@
 """The run of a model that is measured without being trained, at one or more of its steps."""
 
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -23,8 +22,6 @@ OWN = ("model", "weights", "batches", "masks", "measure", "text")
 _FOUND = ("model", "weights", "batches", "masks")
 """Those that are known only when a model is measured."""
 
-BEAT_EVERY_S = 10.0
-
 _MOST_SHOWN = 5
 """Number of different values that an error names."""
 
@@ -45,18 +42,11 @@ class MeasuredRun:
         self._own_model = "model" not in asked
         known = recorded.record.config
         self._config = {**asked, **{key: known[key] for key in _FOUND if key in known}}
-        self._heard = time.monotonic()
 
     @property
     def steps(self) -> dict[int, str]:
         """The steps that are measured and stored, each with the digest of its weights."""
         return _steps_of(self._config)
-
-    def beat(self) -> None:
-        """Updates the run's heartbeat at intervals; call it often."""
-        if time.monotonic() - self._heard > BEAT_EVERY_S:
-            self._heard = time.monotonic()
-            self._record.update()
 
     def require_same(self, samples: Mapping[str, str]) -> None:
         """Raises `StoreError` if the batches or masks, given by their digests, differ from those of
@@ -170,8 +160,8 @@ def measured_run(
         directory: the run directory.
         asked: the part of the configuration that is known in advance.
         spectra: whether eigenvalues are stored, as in `SpectraWriter`.
-        resume: whether to continue an existing run. Otherwise a run that is done is refused, and
-            one that is not starts over.
+        resume: whether to continue an existing run. Otherwise a run that has measured something is
+            refused.
         first: fields of a new run's record, such as `fingerprints`.
 
     Raises:
@@ -180,7 +170,9 @@ def measured_run(
     known = RunDirectory(directory).record
     found = {} if known is None else known.config
     config = {**{key: found[key] for key in _FOUND if key in found}, **asked}
-    with recorded_run(directory, config, goes_on=resume, **first) as run:
+    with recorded_run(
+        directory, config, goes_on=resume, goes_on_with="resume=True", **first
+    ) as run:
         if run is None:
             yield None
             return

@@ -180,7 +180,6 @@ def _measure(
         )
 
     def tell(what: str, done: int, total: int | None) -> None:
-        run.beat()
         progress(f"step {step}: {what}", done, total)
 
     measure_one(
