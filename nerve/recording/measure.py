@@ -18,6 +18,7 @@ from nerve.measuring.given import (
     Loaded,
     check_batches,
     check_given,
+    explicit,
     require_model,
     series_of,
 )
@@ -29,12 +30,25 @@ from nerve.measuring.streams import count_tokens
 from nerve.progress import Progress, shown, unseen
 from nerve.recording.cadence import WeightedMean, loss_of
 from nerve.recording.digest import SampleDigests
-from nerve.recording.given import check_labels, check_stored, recorded_arguments
+from nerve.recording.given import (
+    check_labels,
+    check_stored,
+    check_token_counts,
+    recorded_arguments,
+)
 from nerve.recording.measured_run import MeasuredRun, measured_run
 from nerve.recording.run import seed_of
 from nerve.recording.settings import require_shortcut
 
+_FIND = "Give ffns=nerve.find_ffns(model, batch, {}=…)."
 
+
+@explicit(
+    layers=_FIND.format("layers"),
+    select=_FIND.format("select"),
+    config="Give labels=, which distinguish your runs.",
+    source="The batches are measured in eval mode.",
+)
 def measure(
     model: nn.Module | Iterable[tuple[int, Loaded]],
     batches: Iterable[Any],
@@ -79,8 +93,9 @@ def measure(
         labels: further properties of the run, by name; they become columns of `nerve.load_runs` and
             identify the run with the arguments. A `seed`, if it is an integer, is the seed of the
             run.
-        fingerprints: hashes of the `corpus` and the `tokenizer` of the batches, under these names;
-            stored in the record, as `nerve-run` does, and in the configuration.
+        fingerprints: hashes, or other texts, that identify the `corpus` and the `tokenizer` of the
+            batches, under these names; stored in the record, as nerve-run does, and as `text` in
+            the configuration. Comparisons never pool runs that differ in them.
         spectra: whether to store the eigenvalues, too; `auto` for d_ff up to 1024.
         resume: continues the run in `into`, whether or not it is done: steps that it already has
             are neither loaded nor measured again. Labels, fingerprints, batches and arguments must
@@ -146,12 +161,13 @@ def measure(
     check_stored(into, step, spectra, resume, groups, sites, is_series=is_series)
     require_shortcut("shortcut", shortcut)
     check_labels(into, labels, fingerprints)
+    check_token_counts(groups, token_counts, are_counted=True)
     labels, text = dict(labels or {}), dict(fingerprints or {})
     given = recorded_arguments(
         exclude=exclude,
         only_labeled=only_labeled,
         ffns=ffns,
-        token_counts=token_counts if "frequency" in groups else None,
+        token_counts=token_counts,
     )
     if "frequency" in groups and token_counts is None:
         batches = list(batches)

@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from nerve.config import from_mapping
 from nerve.measuring.departures import leave
 from nerve.measuring.ffns import FFN
 from nerve.measuring.given import check_given
@@ -61,7 +60,7 @@ class FitMonitor(L.Callback):
         only_labeled: bool = False,
         **settings: Any,
     ) -> None:
-        self.settings = from_mapping(MonitorSettings, settings, "monitor")
+        self.settings = MonitorSettings.of(**settings)
         check_given(ffns=ffns, mask=mask, exclude=exclude, layers=self.settings.layers)
         self._ffns = ffns
         self._counted = mask, exclude, only_labeled
