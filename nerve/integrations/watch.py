@@ -186,8 +186,8 @@ def watched(
         chosen.require_some(last_step)
     config = dict(config or {})
     counted: dict[str, Any] = {"exclude": sorted(exclude), "only_labeled": only_labeled}
-    skip_first, is_grouped = chosen.skip_first, bool(chosen.groups)
-    choose = partial(Choice, mask=mask, skip_first=skip_first, is_grouped=is_grouped, **counted)
+    skip_first, groups = chosen.skip_first, chosen.groups
+    choose = partial(Choice, mask=mask, skip_first=skip_first, groups=groups, **counted)
     inner = unwrapped(model)
     if ffns is None:
         example = None if batches is None else batches[0]
