@@ -205,7 +205,7 @@ def watched(
         exclude=recorded_config["monitor"]["exclude"],
         only_labeled=only_labeled,
         skip_first=chosen.skip_first,
-        is_grouped=bool(chosen.groups),
+        groups=chosen.groups,
     )
     inner = unwrapped(model)
     if ffns is None:
