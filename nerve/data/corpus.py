@@ -84,7 +84,8 @@ class Corpus:
         """A hash of the names and contents of all documents, 16 hexadecimal digits."""
         total = hashlib.sha256()
         for name, hashed in self.named_hashes:
-            total.update(name.encode() + b"\0" + hashed.digest)
+            # The name of a file may contain bytes that are not valid UTF-8.
+            total.update(name.encode("utf-8", "surrogateescape") + b"\0" + hashed.digest)
         return total.hexdigest()[:16]
 
     @property

@@ -36,6 +36,11 @@ def test_fingerprint_depends_on_each_name_content_and_the_order_and_on_nothing_e
     assert len(changed | {original}) == 5
 
 
+def test_the_fingerprint_takes_the_bytes_of_a_name_that_is_not_utf_8():
+    names = [os.fsdecode(name) for name in (b"caf\xe9.txt", b"caf\xe8.txt", "café.txt".encode())]
+    assert len({corpus_of((name, "text")).fingerprint for name in names}) == 3
+
+
 def test_documents_of_white_space_are_skipped_and_sizes_count_utf8_bytes():
     corpus = corpus_of(("empty", ""), ("blank", " \n\t"), ("full", "λ₁"))
     assert [document.name for document in corpus.documents()] == ["full"]

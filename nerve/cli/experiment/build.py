@@ -144,9 +144,10 @@ def log_configuration(trainer: L.Trainer, plan: Plan) -> None:
         try:
             logger.log_hyperparams(dict(plan.values))
         except Exception as error:  # it may be about anything
+            reason = str(error).strip().rstrip(".") or type(error).__name__
             raise ConfigError(
-                f"A logger must be able to start; {type(logger).__name__} could not: "
-                f"{str(error).rstrip('.')}. Fix that, or choose another with logger=csv."
+                f"A logger must be able to start; {type(logger).__name__} could not: {reason}. "
+                "Fix that, or choose another with logger=csv."
             ) from error
 
 
