@@ -42,6 +42,10 @@ POOLED = "all"
 SPREAD = ("se", "pr", "eee")
 """The metrics whose sampling error is estimated from halves."""
 
+SAMPLES_PER_DIMENSION = 8
+"""The smallest number of samples per dimension of the features, N/D, of a well sampled spectrum.
+Measurements take as many by default."""
+
 Place = Literal["summary", "overview", "maps", "curves", "layers", "scatter", "tables", "depth"]
 """Where a metric is shown: in the summary at the end of a run; for one run, in its overview and its
 maps over depth and time; for several, as curves over steps, over layers, and against the loss; in

@@ -23,6 +23,7 @@ from nerve.cli.experiment.build import (
     describe,
     log_configuration,
     scale_pre_activations,
+    warn_of_narrow_inputs,
 )
 from nerve.cli.experiment.machine import (
     check_machine,
@@ -182,6 +183,7 @@ def _run(
     if record and store:
         _prepare(run, record, store, data)
         describe(record, module, data, trainer, pre_scales)
+        warn_of_narrow_inputs(plan, saving.data_dims)
     log_configuration(trainer, plan)
     gathering.before(trainer)
     try:
