@@ -35,7 +35,8 @@ import numpy as np
 import pyarrow as pa
 import trackers
 
-from nerve.metric_names import SITES, STORED
+from nerve.metric_names import STORED
+from nerve.sites_and_groups import SITES
 from nerve.storage.manifest import add_to_manifest
 from nerve.storage.parts import part_path, write_part
 from nerve.storage.record import RunRecord

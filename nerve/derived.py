@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from nerve.metric_names import SAMPLES_PER_DIMENSION, SITES, STORED
+from nerve.metric_names import SAMPLES_PER_DIMENSION, STORED
+from nerve.sites_and_groups import SITES
 
 VERDICTS = ("well", "under", "severely under")
 

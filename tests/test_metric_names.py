@@ -20,17 +20,11 @@ from torch import nn
 import nerve
 from nerve import FFNAdapter, final_metrics, load_metrics, measure
 from nerve.derived import with_derived
-from nerve.metric_names import (
-    CATALOG,
-    DERIVED,
-    MEASURED,
-    SITES,
-    STORED,
-    metric_of,
-)
+from nerve.metric_names import CATALOG, DERIVED, MEASURED, STORED, metric_of
 from nerve.recording.writer import logged_values, mean_values
 from nerve.report.one_run import content_of_run
 from nerve.report.several_runs import content_of_runs
+from nerve.sites_and_groups import SITES
 from nerve.spectra.metrics import OF_ONE_SPECTRUM, OF_TWO_SPECTRA
 from nerve.storage.schema import METRICS
 

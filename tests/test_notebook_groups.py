@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 from support import TINY_RUN, as_before
 
 import nerve
-from nerve.metric_names import GROUP_SITES, GROUPS
+from nerve.sites_and_groups import GROUP_SITES, GROUPS
 from notebooks import assert_small_and_without_places, stored_cells
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "groups.ipynb"

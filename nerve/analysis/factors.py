@@ -12,7 +12,8 @@ import pandas as pd
 
 from nerve.analysis.compare import COUNTS, NUMBERS
 from nerve.analysis.groups import contrasts, pr_column
-from nerve.metric_names import DERIVED, GROUP_SITES, GROUPS, POOLED
+from nerve.metric_names import DERIVED
+from nerve.sites_and_groups import GROUP_SITES, GROUPS, POOLED
 from nerve.storage.columns import CONFIGURED, RECORDED_GROUPS
 from nerve.storage.identity import EXCLUDED
 from nerve.storage.record import RunRecord

@@ -10,7 +10,8 @@ from nerve.analysis.frames import require_columns
 from nerve.analysis.gather import Block, frame_of
 from nerve.analysis.statistics import student_t
 from nerve.derived import VERDICTS
-from nerve.metric_names import POOLED, SPREAD
+from nerve.metric_names import SPREAD
+from nerve.sites_and_groups import POOLED
 
 ROW = ("run_id", "step", "layer", "ffn")
 """The columns that identify a row of metrics."""

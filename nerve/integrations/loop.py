@@ -17,9 +17,9 @@ from nerve.integrations.heldout import Forward, evaluate
 from nerve.integrations.wrapping import device_of, unwrapped
 from nerve.measuring.around import Stream, find_streams
 from nerve.measuring.choice import Choice, call_probed
-from nerve.measuring.distributed import n_processes, rank
 from nerve.measuring.ffns import FFN
 from nerve.measuring.forward import evaluating
+from nerve.measuring.processes import n_processes, rank
 from nerve.recording.recorder import Recorder
 from nerve.recording.run import RecordedRun
 from nerve.recording.settings import MeasuredSteps, MonitorSettings

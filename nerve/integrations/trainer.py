@@ -25,10 +25,11 @@ from nerve.integrations.losses import StepLosses
 from nerve.integrations.open_run import OpenRun
 from nerve.integrations.trainer_states import TrainerStates
 from nerve.integrations.watch import watched
-from nerve.measuring.distributed import gathered, n_processes
 from nerve.measuring.ffns import FFN
 from nerve.measuring.given import check_given, require_mapping
 from nerve.measuring.masks import Masks
+from nerve.measuring.messages import gathered
+from nerve.measuring.processes import n_processes
 from nerve.recording.settings import MonitorSettings
 from nerve.recording.writer import is_measured, monitored_values
 from nerve.storage.directory import RunDirectory

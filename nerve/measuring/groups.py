@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nerve.errors import MeasurementError
 from nerve.measuring.ffns import FFN, named
-from nerve.metric_names import GROUPS
+from nerve.sites_and_groups import GROUPS
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from nerve.measuring.eigenproblem import GroupEigenproblem
 from nerve.measuring.ffns import FFN
 from nerve.measuring.groups import OVERLAPPING, REST, Division
-from nerve.metric_names import GROUP_SITES, GROUPS, POOLED
+from nerve.sites_and_groups import GROUP_SITES, GROUPS, POOLED
 from nerve.spectra import StreamingCovariance
 
 

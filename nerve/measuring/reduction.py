@@ -7,8 +7,8 @@ import torch
 
 from nerve.measuring.accumulator import SITES, Accumulator, Side
 from nerve.measuring.collectives import shared_from
-from nerve.measuring.distributed import gathered
 from nerve.measuring.exchange import OfCovariance, OfShares, exchange
+from nerve.measuring.messages import gathered
 from nerve.measuring.parts import Key
 from nerve.spectra.covariance import Tally
 

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nerve.measuring.distributed import gathered, own_part
 from nerve.measuring.ffns import FFN, sites_of
+from nerve.measuring.messages import gathered, own_part
 from nerve.optim import Role
 from nerve.recording.solver import Labels
 

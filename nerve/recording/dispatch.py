@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nerve.measuring.distributed import n_processes
 from nerve.measuring.eigenproblem import (
     FFNEigenproblem,
     FFNSpectra,
     GroupEigenproblem,
     GroupSpectrum,
 )
+from nerve.measuring.processes import n_processes
 from nerve.recording.placement import Place, Placement
 from nerve.recording.staging import Staging
 from nerve.recording.workers import pool_of, waiting_on_host

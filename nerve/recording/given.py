@@ -7,8 +7,8 @@ from typing import Any
 
 from nerve.config import require, require_count, require_several
 from nerve.measuring.given import require_mapping
-from nerve.metric_names import AROUND, GROUPS
 from nerve.recording.measured_run import OWN
+from nerve.sites_and_groups import AROUND, GROUPS
 from nerve.storage.record import RunRecord
 from nerve.storage.schema import METRICS
 

@@ -8,7 +8,9 @@ from numbers import Integral
 from typing import Any, NamedTuple
 
 from nerve.errors import ConfigError, StoppedError, StoreError, noted
-from nerve.measuring.distributed import gathered, leave, rank
+from nerve.measuring.departures import leave
+from nerve.measuring.messages import gathered
+from nerve.measuring.processes import rank
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
 from nerve.storage.state import RunState

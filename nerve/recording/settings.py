@@ -14,7 +14,7 @@ from nerve.config import (
     require_steps,
 )
 from nerve.measuring.projection import PROJECTED
-from nerve.metric_names import AROUND, GROUPS
+from nerve.sites_and_groups import AROUND, GROUPS
 
 SPACING = "log:"
 """Prefix of a request for a number of geometrically spaced steps: `log:30`."""

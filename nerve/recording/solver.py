@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from nerve.errors import MeasurementError
-from nerve.measuring.distributed import Mailbox, gathered, in_turns, n_processes, rank
 from nerve.measuring.eigenproblem import FFNSpectra, GroupSpectrum
+from nerve.measuring.messages import Mailbox, gathered, in_turns
+from nerve.measuring.processes import n_processes, rank
 from nerve.recording.dispatch import Dispatch, Eigenproblem, Waiting
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from nerve.derived import VERDICTS, describe_outliers
-from nerve.metric_names import SITES
+from nerve.sites_and_groups import SITES
 
 WINDOW_TEXTS = {
     "all": "all measured steps",

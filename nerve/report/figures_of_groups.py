@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from nerve.analysis.groups import pr_column
-from nerve.metric_names import GROUP_SITES, GROUPS, POOLED, SITES, metric_of
+from nerve.metric_names import metric_of
 from nerve.report.figures_of_several_runs import layers_by_factor
 from nerve.report.style import (
     COLORS,
@@ -26,6 +26,7 @@ from nerve.report.style import (
     say_empty,
     scale_by_ratio,
 )
+from nerve.sites_and_groups import GROUP_SITES, GROUPS, POOLED, SITES
 
 SHOWN = ("se", "pr", "eee")
 """The metrics of the small multiples, one per row."""

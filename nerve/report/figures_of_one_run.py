@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from nerve.metric_names import SITES, Metric, shown_in
+from nerve.metric_names import Metric, shown_in
 from nerve.report.heat_map import heat_map
 from nerve.report.style import (
     COLORS,
@@ -29,6 +29,7 @@ from nerve.report.style import (
     scale_by_ratio,
     spread,
 )
+from nerve.sites_and_groups import SITES
 
 MAX_LAYERS = 6
 MAX_RANKS = 240

@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from nerve.analysis.factors import levels_of, ordered_levels
-from nerve.metric_names import SITES, Place, columns_of, metric_of, shown_in
+from nerve.metric_names import Place, columns_of, metric_of, shown_in
 from nerve.report.style import (
     DASHES,
     FLAGGED_COLOR,
@@ -35,6 +35,7 @@ from nerve.report.style import (
     scale_by_ratio,
     short_name,
 )
+from nerve.sites_and_groups import SITES
 
 MAX_LINES = 40
 

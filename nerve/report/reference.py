@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 
 from nerve.config import require, require_choice
 from nerve.errors import ConfigError
-from nerve.metric_names import CATALOG, SITES, metric_of
+from nerve.metric_names import CATALOG, metric_of
 from nerve.report.style import COLORS, LOSS_COLOR, key, panel_columns, plain
+from nerve.sites_and_groups import SITES
 from nerve.storage.find import AnyPath
 
 PLACES = ("step", "layer", "val_loss")

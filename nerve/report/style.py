@@ -16,7 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from nerve.analysis.factors import is_number, level_text
-from nerve.metric_names import SITES, metric_of
+from nerve.metric_names import metric_of
+from nerve.sites_and_groups import SITES
 
 T = TypeVar("T")
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from nerve.config import require_choice
 from nerve.errors import StoreError
 from nerve.storage.identity import differences
-from nerve.storage.record import RECORD_NAME, NoRecordError, RunRecord, lost_record
+from nerve.storage.record import RunRecord
+from nerve.storage.record_file import RECORD_NAME, NoRecordError, lost_record
 from nerve.storage.state import FRESH, LOCK_NAME, RunIsBusyError, RunLock, RunState, is_locked
 
 if TYPE_CHECKING:

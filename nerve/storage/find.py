@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from nerve.errors import StoreError, warn_caller
-from nerve.storage.record import (
+from nerve.storage.record import RunRecord
+from nerve.storage.record_file import (
     RECORD_NAME,
     DamagedRecordError,
     DamagedRecordWarning,
-    RunRecord,
     left_by_a_run,
 )
 

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nerve.errors import StoreError
-from nerve.metric_names import GROUP_SITES, GROUPED, SITES, STORED
+from nerve.metric_names import GROUPED, STORED
+from nerve.sites_and_groups import GROUP_SITES, SITES
 
 SCHEMA_VERSION = 2
 """Stored in each part. Version 2 added `variance_outside` to `position_ratio_post`."""

@@ -22,7 +22,8 @@ from nerve.models import build_model
 from nerve.storage.directory import RunDirectory, Which
 from nerve.storage.identity import differences
 from nerve.storage.json_values import to_json
-from nerve.storage.record import RECORD_NAME, RunRecord
+from nerve.storage.record import RunRecord
+from nerve.storage.record_file import RECORD_NAME
 
 _MODULE = "model."
 

@@ -16,12 +16,12 @@ from torch.utils.data import DistributedSampler
 from nerve.config import require
 from nerve.errors import ConfigError, MeasurementError
 from nerve.measuring.choice import Choice, call_probed
-from nerve.measuring.distributed import gathered
 from nerve.measuring.ffns import declared_widths, sites_of
 from nerve.measuring.find import find_ffns
 from nerve.measuring.forward import call, evaluating
 from nerve.measuring.found import FoundFFNs
 from nerve.measuring.masks import Masks
+from nerve.measuring.messages import gathered
 from nerve.measuring.probe import Probe
 from nerve.measuring.slices import Slice
 from nerve.recording.recorder import Recorder

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.distributed import TCPStore
 
 from nerve.errors import NotGatheredError, first_line, noted
-from nerve.measuring.distributed import TOGETHER, Exit, reason_of_others
+from nerve.measuring.departures import TOGETHER, Exit, reason_of_others
 from nerve.training.launching import (
     Children,
     exit_of,

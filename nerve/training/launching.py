@@ -18,7 +18,7 @@ from lightning.pytorch.plugins.environments import (
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from nerve.errors import ConfigError, NotGatheredError
-from nerve.measuring.distributed import Exit
+from nerve.measuring.departures import Exit
 from nerve.training.signals import STOPPING, StopSignals
 
 ENDS_WITHIN_S = 5.0

@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from nerve.config import from_mapping
-from nerve.measuring.distributed import leave
+from nerve.measuring.departures import leave
 from nerve.measuring.ffns import FFN
 from nerve.measuring.given import check_given
 from nerve.measuring.masks import Masks

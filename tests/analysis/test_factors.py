@@ -22,7 +22,7 @@ from nerve.analysis.flags import flag_runs
 from nerve.analysis.groups import contrast_groups, contrasts, pr_of_groups
 from nerve.analysis.load import load_runs
 from nerve.analysis.scaling import fit_width_scaling
-from nerve.metric_names import GROUP_SITES, GROUPS, POOLED
+from nerve.sites_and_groups import GROUP_SITES, GROUPS, POOLED
 
 RECORD = {"run_id": "r", "sweep": "s", "step": 1, "final.val_loss": 1.0, "versions.torch": "2"}
 

@@ -24,7 +24,8 @@ from nerve.errors import ConfigError, StoreError
 from nerve.storage.find import FingerprintWarning, IncompleteWarning
 from nerve.storage.identity import GROUPS, completed, config_id
 from nerve.storage.parts import DamagedPartWarning, read_part
-from nerve.storage.record import DamagedRecordWarning, RunRecord
+from nerve.storage.record import RunRecord
+from nerve.storage.record_file import DamagedRecordWarning
 from nerve.storage.schema import DATASETS, METRICS
 from nerve.storage.store import RunStore
 

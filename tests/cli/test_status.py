@@ -15,7 +15,8 @@ import pytest
 
 from nerve.cli.status import main, status_of
 from nerve.config import quoted
-from nerve.storage.record import RECORD_NAME, RunRecord
+from nerve.storage.record import RunRecord
+from nerve.storage.record_file import RECORD_NAME
 from nerve.storage.state import LOCK_NAME, RunLock
 from nerve.storage.store import RunStore
 

@@ -9,9 +9,9 @@ import nerve
 from nerve.errors import ConfigError, MeasurementError
 from nerve.measuring.groups import REST, Divider, Grouped, frequency_classes
 from nerve.measuring.streams import count_tokens
-from nerve.metric_names import GROUPS
 from nerve.models.gpt import GPT, GPTConfig
 from nerve.nn.normalization import Normalization
+from nerve.sites_and_groups import GROUPS
 
 COUNTS = torch.tensor([40, 30, 10, 10, 5, 3, 1, 0])
 ALL = tuple(GROUPS)

@@ -9,7 +9,8 @@ import pytest
 
 from nerve.errors import StoreError
 from nerve.storage.directory import RunDirectory
-from nerve.storage.record import DamagedRecordError, NoRecordError, RunRecord
+from nerve.storage.record import RunRecord
+from nerve.storage.record_file import DamagedRecordError, NoRecordError
 from nerve.storage.state import FRESH, RunIsBusyError, RunLock, RunState
 from nerve.storage.store import RunStore
 

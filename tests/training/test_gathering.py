@@ -14,7 +14,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from processes import held_port
 
 from nerve.errors import ConfigError, DataError, NotGatheredError, StoreError
-from nerve.measuring.distributed import Exit, knowing_others
+from nerve.measuring.departures import Exit, knowing_others
 from nerve.training import gathering, watching
 from nerve.training.gathering import Gathering
 from nerve.training.signals import Interrupted, StopSignals

@@ -18,8 +18,8 @@ from nerve.cli.experiment.plan import Plan
 from nerve.cli.experiment.trainer import n_devices_of
 from nerve.config import require
 from nerve.measuring.projection import PROJECTED
-from nerve.metric_names import GROUPS
 from nerve.optim import Dion, parameter_roles
+from nerve.sites_and_groups import GROUPS
 from nerve.storage.provenance import nvidia_driver
 from nerve.training.gathering import Gathering
 from nerve.training.launching import environment_of

@@ -36,7 +36,7 @@ from nerve.cli.experiment.summary import final_scores, finish, objective_of
 from nerve.config import pasted
 from nerve.errors import DataError, NotGatheredError, StoppedError, StoreError, noted
 from nerve.files import remove_temporaries
-from nerve.measuring.distributed import knowing_others, leave
+from nerve.measuring.departures import knowing_others, leave
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore

@@ -26,7 +26,7 @@ from nerve.recording.measured_run import (
     weights_of,
 )
 from nerve.storage.identity import config_id
-from nerve.storage.record import RECORD_NAME
+from nerve.storage.record_file import RECORD_NAME
 
 OUTPUTS = Path("outputs", "probe")
 """The default parent directory of runs."""

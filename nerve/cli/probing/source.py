@@ -14,7 +14,7 @@ from nerve.config import require_count, require_path, require_several
 from nerve.measuring.found import FoundFFNs
 from nerve.measuring.groups import NOT_GROUPED, Grouped
 from nerve.measuring.passes import bytes_of
-from nerve.metric_names import AROUND, GROUPS
+from nerve.sites_and_groups import AROUND, GROUPS
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from nerve.cli.console import say
 from nerve.errors import StoreError
 from nerve.storage.directory import RunDirectory
-from nerve.storage.record import RECORD_NAME
+from nerve.storage.record_file import RECORD_NAME
 from nerve.storage.state import RunState
 
 
