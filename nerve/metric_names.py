@@ -37,7 +37,7 @@ class Metric:
         unit: the unit of its values, or the meaning of their extremes.
         title: its name in words.
         bounds: the range of its values.
-        at_most, at_least: functions of rank r and width D, the limit of pre if its rank is r.
+        at_most, at_least: the limits of pre with rank r and width D, as functions of (r, D).
         neutral: the value that means that the nonlinearity changes nothing; None if there is none.
         flatter: the side of `neutral` on which the nonlinearity flattens the spectrum.
         is_ratio: whether it is shown on a logarithmic axis if its values span a wide range.
