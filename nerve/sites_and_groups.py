@@ -1,4 +1,4 @@
-"""What a spectrum may be of: the sites in and around an FFN, and the groups of samples."""
+"""What a spectrum can describe: the sites in and around an FFN, and the groups of samples."""
 
 SITES = ("pre", "post")
 """Where features are measured: before and after the nonlinearity."""

@@ -68,7 +68,8 @@ def watch(
     """Measures a model's FFNs at steps 0, k, 2k, … of a training loop, and records the run.
 
     ```
-    with nerve.watch(model, "outputs/mine", config={"optimizer": {"lr": lr}}) as run:
+    config = {"optimizer": {"lr": lr}}
+    with nerve.watch(model, "outputs/mine", config=config, heldout=val_batches) as run:
         for inputs, targets in batches:
             ...
             optimizer.step()
@@ -103,7 +104,8 @@ def watch(
             differ in corpus or tokenizer.
         optimizer: provides the learning rate of the rows; null without it, or if its groups differ.
         heldout: batches to measure instead of the training batches; with several processes, each
-            gives its own part.
+            gives its own part. Without them there is no validation loss, and comparisons of runs
+            leave the run out (flag `no loss` of `nerve.flag_runs`).
         forward: runs the model on a held-out batch; by default `model(batch)`, or `model(**batch)`
             for a mapping. If the result has a `loss`, it is the validation loss, weighted by
             `n_targets` if the result has that, too.
@@ -244,7 +246,7 @@ def watched(
         exclude=config["monitor"]["exclude"],
         only_labeled=config["monitor"]["only_labeled"],
         skip_first=settings.skip_first,
-        is_grouped=bool(settings.groups),
+        groups=settings.groups,
     )
     inner = unwrapped(model)
     if ffns is None:

@@ -31,9 +31,7 @@ from nerve.measuring.find import find_ffns
 from nerve.measuring.found import FoundFFNs
 from nerve.measuring.groups import Grouped
 from nerve.measuring.streams import UNLABELED, count_tokens
-
-SAMPLES_PER_FEATURE = 8
-"""Tokens measured per feature of the widest FFN."""
+from nerve.metric_names import SAMPLES_PER_DIMENSION
 
 LONGEST = 1024
 """Tokens per sequence, if the model accepts as many."""
@@ -121,7 +119,7 @@ class Folders:
         skip_first, batch_size = asked.skip_first or 0, asked.batch_size or BATCH_SIZE
         require_left("--skip-first", skip_first, "--seq-len", seq_len)
         table = ffns.table()
-        n_tokens = asked.n_tokens or SAMPLES_PER_FEATURE * int(table["d_ff"].max())
+        n_tokens = asked.n_tokens or SAMPLES_PER_DIMENSION * int(table["d_ff"].max())
         tokenizer = self._tokenizer()
         n_sequences = math.ceil(n_tokens / seq_len)
         corpus = _corpus(asked)
