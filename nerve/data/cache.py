@@ -205,7 +205,7 @@ def key_of(corpus: Corpus, root: Path) -> str:
 def _look(corpus: Corpus, root: Path) -> dict[str, Any]:
     """Reads the corpus, and stores its fingerprint and messages unless its files just changed."""
     before, began_ns = _state(corpus), time.time_ns()
-    content = {"fingerprint": corpus.fingerprint, "said": sorted(corpus.said.items())}
+    content = {"fingerprint": corpus.fingerprint, "said": sorted(corpus.messages.items())}
     is_settled = before.newest_ns < began_ns - SETTLED_AFTER_NS
     if is_settled and _state(corpus) == before:
         sealed = json.dumps(content | {"checksum": checksum_of(content)})

@@ -56,7 +56,7 @@ class Corpus:
             a hub dataset, which should not be downloaded again at each start).
         files: the files that `read` reads, if it reads local files.
         reading: how they are read: everything else that determines the documents.
-        said: the messages logged while reading them, with their log levels.
+        messages: the messages logged while reading them, with their log levels.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Corpus:
     request: str | None = None
     files: Sequence[Path] = ()
     reading: str = ""
-    said: dict[str, int] = field(default_factory=dict)
+    messages: dict[str, int] = field(default_factory=dict)
 
     def documents(self) -> Iterator[Document]:
         """The documents in order, without those that contain only whitespace."""
@@ -219,13 +219,13 @@ def python_source(roots: str | Path | Sequence[str | Path] | None = None) -> Cor
             f"{', '.join(map(str, folders))} (folders of tests and packages and hidden folders "
             "are skipped). Choose a folder that contains source files."
         )
-    said: dict[str, int] = {}
+    messages: dict[str, int] = {}
     return Corpus(
         "python_source:" + ",".join(map(str, given)),
-        lambda: _read_python(files, said),
+        lambda: _read_python(files, messages),
         files=[path for _, path in files],
         reading=f"python_source of {[*map(str, folders)]}",
-        said=said,
+        messages=messages,
     )
 
 
@@ -245,7 +245,9 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
-def _read_python(files: Iterable[tuple[Path, Path]], said: dict[str, int]) -> Iterator[Document]:
+def _read_python(
+    files: Iterable[tuple[Path, Path]], messages: dict[str, int]
+) -> Iterator[Document]:
     undecodable = []
     for root, path in files:
         try:
@@ -265,5 +267,5 @@ def _read_python(files: Iterable[tuple[Path, Path]], said: dict[str, int]) -> It
             f"{len(undecodable)} Python files cannot be decoded and are left out of the corpus; "
             f"the first is {undecodable[0]}"
         )
-        said[message] = logging.WARNING
+        messages[message] = logging.WARNING
         warnings.warn(message, stacklevel=2)

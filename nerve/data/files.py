@@ -63,7 +63,7 @@ def text_files(
         reader.documents,
         files=files,
         reading=f"text_files {[text_column, separator]}",
-        said=reader.said,
+        messages=reader.messages,
     )
 
 
@@ -75,7 +75,7 @@ class _Reader:
         self._base = os.path.commonpath([file.parent for file in files])
         self._text_column = text_column
         self._separator = separator
-        self.said: dict[str, int] = {}
+        self.messages: dict[str, int] = {}
 
     def documents(self) -> Iterator[Document]:
         for file in self._files:
@@ -107,8 +107,8 @@ class _Reader:
             yield document
 
     def _say(self, message: str, level: int = logging.WARNING) -> None:
-        if message not in self.said:
-            self.said[message] = level
+        if message not in self.messages:
+            self.messages[message] = level
             log.log(level, "%s", message)
 
 
