@@ -59,22 +59,22 @@ def main() -> None:
         action="store_true",
         help=f"refresh every {WATCHED_EVERY_S:g} s while any run is active",
     )
-    asked = parser.parse_args()
+    args = parser.parse_args()
     try:
-        for path in asked.path:
+        for path in args.path:
             require_path("PATH", path)
         while True:
-            statuses = statuses_of(asked.path)
-            if asked.watch and sys.stdout.isatty():
+            statuses = statuses_of(args.path)
+            if args.watch and sys.stdout.isatty():
                 print("\x1b[2J\x1b[H", end="")  # clears the screen
             show(statuses)
-            if not asked.watch or not any(status.state in GO_ON for status in statuses):
+            if not args.watch or not any(status.state in GO_ON for status in statuses):
                 return
             time.sleep(WATCHED_EVERY_S)
     except NerveError as error:
         fail("nerve-status", str(error))
     except KeyboardInterrupt:
-        if not asked.watch:
+        if not args.watch:
             sys.exit(128 + signal.SIGINT)
 
 
@@ -123,8 +123,8 @@ def status_of(directory: Path) -> Status:
 def _status_of(run: RunDirectory, overrides: tuple[str, ...], damaged: str) -> Status:
     directory = run.path
     state, record = run.state, run.require_record()
-    heard = datetime.fromisoformat(record.heartbeat)  # another machine's clock may be ahead
-    silent_s = max(0.0, (datetime.now(UTC) - heard).total_seconds())
+    heartbeat = datetime.fromisoformat(record.heartbeat)  # another machine's clock may be ahead
+    silent_s = max(0.0, (datetime.now(UTC) - heartbeat).total_seconds())
     is_alive = state == RunState.ALIVE
     left_s = _left_s(record, silent_s) if is_alive else None
     # Measurements are written at once, the step in the record only with the heartbeat.
@@ -180,10 +180,10 @@ def _left_s(record: RunRecord, silent_s: float) -> float | None:
         if record.restarts:
             return None  # the step at which it resumed is unknown
         first = 0
-    heard = datetime.fromisoformat(record.heartbeat).timestamp()
-    if record.max_steps is None or record.step <= first or heard <= since:
+    heartbeat = datetime.fromisoformat(record.heartbeat).timestamp()
+    if record.max_steps is None or record.step <= first or heartbeat <= since:
         return None
-    a_step = (heard - since) / (record.step - first)
+    a_step = (heartbeat - since) / (record.step - first)
     return max(0.0, a_step * (record.max_steps - record.step) - silent_s)
 
 

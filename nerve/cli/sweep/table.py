@@ -81,8 +81,8 @@ class SweepTable:
         self._ended.append(trial)
         state, record, reason = _ending(trial)
         loss = f", validation loss {figure(record.final.get('val_loss'))}" if record else ""
-        said = f"done{loss}" if state == RunState.DONE else reason
-        say(f"{self._labels[trial.number]}: {said}")
+        outcome = f"done{loss}" if state == RunState.DONE else reason
+        say(f"{self._labels[trial.number]}: {outcome}")
 
     def end(self, signum: int | None = None, errors: Sequence[Exception] = ()) -> None:
         """Prints the summary.
