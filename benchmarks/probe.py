@@ -74,9 +74,9 @@ def asked_of(args: argparse.Namespace) -> list[str]:
 def plain(args: argparse.Namespace, model: str) -> None:
     """The passes alone, on what nerve-probe would measure."""
     from nerve.cli.probing.run import source_of
-    from nerve.cli.probing.source import Asked
+    from nerve.cli.probing.source import ProbeArguments
 
-    asked = Asked(
+    args = ProbeArguments(
         models=(model,),
         n_tokens=args.n_tokens,
         seq_len=args.seq_len,
@@ -85,7 +85,7 @@ def plain(args: argparse.Namespace, model: str) -> None:
         dtype=args.dtype,
     )
     began = time.perf_counter()
-    source = source_of(asked)
+    source = source_of(args)
     network = source.load(source.checkpoints[0])
     data = source.data(network, source.find(network))
     loaded = time.perf_counter()

@@ -18,7 +18,7 @@ from nerve.sites_and_groups import AROUND, GROUPS
 
 
 @dataclass(frozen=True)
-class Asked:
+class ProbeArguments:
     """The arguments of the command; None leaves a choice to the model.
 
     Attributes:
