@@ -19,7 +19,7 @@ from pathlib import Path
 from nerve.cli.console import error_text, fail, say
 from nerve.cli.queued import queued_trials
 from nerve.cli.saved import load_overrides
-from nerve.cli.status_table import GO_ON, Status, show
+from nerve.cli.status_table import ACTIVE_STATES, Status, show
 from nerve.config import require_path
 from nerve.errors import NerveError, StoreError
 from nerve.storage.directory import RunDirectory
@@ -68,7 +68,7 @@ def main() -> None:
             if args.watch and sys.stdout.isatty():
                 print("\x1b[2J\x1b[H", end="")  # clears the screen
             show(statuses)
-            if not args.watch or not any(status.state in GO_ON for status in statuses):
+            if not args.watch or not any(status.state in ACTIVE_STATES for status in statuses):
                 return
             time.sleep(WATCHED_EVERY_S)
     except NerveError as error:
@@ -90,7 +90,9 @@ def statuses_of(paths: Sequence[str]) -> list[Status]:
     except StoreError as error:
         statuses, none = [], error
     by_path = {os.path.abspath(status.directory): status for status in statuses}
-    at_rest = {Path(path) for path, each in by_path.items() if each.state in (*GO_ON, "done")}
+    at_rest = {
+        Path(path) for path, each in by_path.items() if each.state in (*ACTIVE_STATES, "done")
+    }
     try:
         trials = queued_trials(paths, at_rest)
     except NerveError as error:

@@ -16,7 +16,7 @@ from nerve.errors import NotGatheredError, StoppedError
 
 log = logging.getLogger(__name__)
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Sent by a user, by a dropped connection, or by a batch system before it preempts a job or its
 time limit is reached."""
 
@@ -185,7 +185,7 @@ class StopSignals(SignalsHandled):
             _wait_for_kill(job)
 
     def _signums(self) -> Iterable[int]:
-        return STOPPING if threading.current_thread() is threading.main_thread() else ()
+        return STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         is_second = signum == signal.SIGINT and signum in self._received
