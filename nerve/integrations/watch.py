@@ -22,6 +22,7 @@ from nerve.measuring.forward import call
 from nerve.measuring.given import check_given, require_mapping, require_model, told
 from nerve.measuring.masks import Masks
 from nerve.measuring.streams import count_tokens
+from nerve.recording.given import recorded_arguments
 from nerve.recording.run import recorded_run, seed_of
 from nerve.recording.settings import MonitorSettings
 
@@ -70,9 +71,11 @@ def watch(
             compiled or distributed.
         directory: the run directory.
         every_n_steps: steps between measurements; None if `steps` gives all of them.
-        config: anything that distinguishes your runs, by name; the measurement settings are added
-            as `monitor`. Its `seed`, if it is an integer, is the seed of the run. Each value has a
-            name of its own: `{"a.b": 1, "a": {"b": 2}}` is refused.
+        config: anything that distinguishes your runs, by name: two runs with an equal configuration
+            are repeats of one run, unless their seeds differ. The measurement settings are added as
+            `monitor`, with the layers and names of `ffns`, but not what `mask` and `forward` do.
+            Its `seed`, if it is an integer, is the seed of the run. Each value has a name of its
+            own: `{"a.b": 1, "a": {"b": 2}}` is refused.
         optimizer: provides the learning rate of the rows; null without it, or if its groups differ.
         heldout: batches to measure instead of the training batches; with several processes, each
             gives its own part.
@@ -185,9 +188,20 @@ def watched(
     if resume is None and first == 0:
         chosen.require_some(last_step)
     config = dict(config or {})
-    counted: dict[str, Any] = {"exclude": sorted(exclude), "only_labeled": only_labeled}
-    skip_first, is_grouped = chosen.skip_first, bool(chosen.groups)
-    choose = partial(Choice, mask=mask, skip_first=skip_first, is_grouped=is_grouped, **counted)
+    asked = asdict(chosen) | recorded_arguments(
+        exclude=exclude,
+        only_labeled=only_labeled,
+        ffns=ffns,
+        token_counts=token_counts if "frequency" in chosen.groups else None,
+    )
+    choose = partial(
+        Choice,
+        mask=mask,
+        exclude=asked["exclude"],
+        only_labeled=only_labeled,
+        skip_first=chosen.skip_first,
+        is_grouped=bool(chosen.groups),
+    )
     inner = unwrapped(model)
     if ffns is None:
         example = None if batches is None else batches[0]
@@ -199,7 +213,7 @@ def watched(
         token_counts = count_tokens(batches)
     with recorded_run(
         directory,
-        {**config, "monitor": asdict(chosen) | counted},
+        {**config, "monitor": asked | ({} if mask is None else {"mask": True})},
         goes_on=resume is not None,
         seed=seed_of(config),
         n_parameters=sum(parameter.numel() for parameter in inner.parameters()),

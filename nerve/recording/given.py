@@ -1,12 +1,17 @@
-"""Checks the arguments of `nerve.measure` that are about the run in which it stores."""
+"""The arguments of `nerve.measure` and of the monitors that are about the run in which they store:
+what is checked, and what the run records of them."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from torch import Tensor
+
 from nerve.config import require, require_count, require_several
+from nerve.measuring.ffns import FFN
 from nerve.measuring.given import require_mapping
+from nerve.recording.digest import Digest
 from nerve.recording.measured_run import OWN
 from nerve.sites_and_groups import AROUND, GROUPS
 from nerve.storage.record import RunRecord
@@ -74,3 +79,30 @@ def check_labels(
         f"their place; got {', '.join(taken)}. Choose another name, or nest it: "
         f"labels={{'group': {{'{taken[0] if taken else ''}': …}}}}.",
     )
+
+
+def recorded_arguments(
+    *,
+    exclude: Collection[int],
+    only_labeled: bool,
+    ffns: Iterable[FFN] | None,
+    token_counts: Tensor | None,
+) -> dict[str, Any]:
+    """Arguments that change what is measured, as the configuration of a run records them: of `ffns`
+    their layers and names, of `token_counts` a digest. What is None has no entry.
+
+    Args:
+        token_counts: those of groups by frequency that the caller gave.
+        others: as in `nerve.measure`.
+    """
+    recorded: dict[str, Any] = {
+        "exclude": sorted({int(each) for each in exclude}),
+        "only_labeled": only_labeled,
+    }
+    if ffns is not None:
+        recorded["ffns"] = sorted([int(ffn.layer), ffn.name] for ffn in ffns)
+    if token_counts is not None:
+        digest = Digest()
+        digest.add([token_counts])
+        recorded["token_counts"] = str(digest)
+    return recorded

@@ -83,8 +83,9 @@ class RunRecord:
 
         Args:
             directory: the run directory, created if it does not exist.
-            config: the full resolved configuration, of plain values; `checkpoint`, `logger`,
-                `objective` and the other `EXCLUDED` keys of nerve-run do not distinguish runs.
+            config: the full resolved configuration, of plain values. In one of nerve-run,
+                `checkpoint`, `logger`, `objective` and the other `EXCLUDED` keys do not distinguish
+                runs.
             run_id: the id, if the caller has already generated it for the name of the directory.
             values: other fields, such as `sweep`, `seed`, `n_parameters`, `fingerprints`, `device`,
                 `job`, `unigram_loss`, `separator_token`; `versions` is added to those of the

@@ -19,7 +19,14 @@ import pytest
 from nerve.analysis import gather, run_rows
 from nerve.analysis.factors import find_factors
 from nerve.analysis.flags import flag_runs
-from nerve.analysis.load import Runs, load_metrics, load_runs, load_scalars, load_spectra
+from nerve.analysis.load import (
+    Runs,
+    load_groups,
+    load_metrics,
+    load_runs,
+    load_scalars,
+    load_spectra,
+)
 from nerve.errors import ConfigError, StoreError
 from nerve.storage.find import FingerprintWarning, IncompleteWarning
 from nerve.storage.identity import GROUPS, completed, config_id
@@ -112,11 +119,12 @@ def test_one_row_per_run_with_a_column_for_each_leaf(sweep, tmp_path):
 
 
 def test_runs_that_differ_in_their_seed_alone_share_a_design(tmp_path, make_run):
-    """Also if excluded values such as threads differ, but not if a factor does."""
+    """Also if values that nerve-run excludes, such as threads, differ, but not if a factor does."""
+    of_nerve_run = {group: {"x": 1} for group in GROUPS}
     configs = [
-        {"ffn": {"width": 4}, "seed": 0},
-        {"ffn": {"width": 4}, "seed": 1, "threads": 2},
-        {"ffn": {"width": 8}, "seed": 0},
+        {**of_nerve_run, "ffn": {"width": 4}, "seed": 0},
+        {**of_nerve_run, "ffn": {"width": 4}, "seed": 1, "threads": 2},
+        {**of_nerve_run, "ffn": {"width": 8}, "seed": 0},
     ]
     for i, config in enumerate(configs):
         make_run(tmp_path / str(i), config, steps=())
@@ -499,6 +507,30 @@ def test_a_factor_cannot_replace_a_column_that_is_derived(tmp_path, make_run, na
     make_run(tmp_path / "a", {name: 3})
     with pytest.raises(ConfigError, match=f"got '{name}'"):
         load_metrics(tmp_path, [name])
+
+
+@pytest.mark.parametrize("name", ["group", "site", "dim", "pr_spread"])
+def test_a_factor_may_have_the_name_of_a_column_of_another_dataset(tmp_path, make_run, name):
+    """Groups have it, metrics do not: only the dataset that is asked for must not."""
+    for value in ("a", "b"):
+        store = RunStore(tmp_path / value, make_run(tmp_path / value, {name: value}).run_id)
+        store.append_groups(HALVES)
+        store.flush(20)
+    assert load_metrics(tmp_path, [name])[name].unique().tolist() == ["a", "b"]
+    runs = Runs(tmp_path, [name])
+    assert runs.metrics["sampling"].notna().all()
+    with pytest.raises(ConfigError, match=rf"groups does not already have; got '{name}'"):
+        _ = runs.groups
+    assert load_groups(tmp_path, ["run_status", "config_id"])["config_id"].nunique() == 2
+
+
+def test_a_factor_of_groups_may_have_the_name_of_a_column_of_metrics(tmp_path, make_run):
+    store = RunStore(tmp_path / "a", make_run(tmp_path / "a", {"js": 3}).run_id)
+    store.append_groups(HALVES)
+    store.flush(20)
+    assert load_groups(tmp_path, ["js"])["js"].tolist() == [3] * len(HALVES)
+    with pytest.raises(ConfigError, match="metrics does not already have; got 'js'"):
+        load_metrics(tmp_path, ["js"])
 
 
 def plain_row(config: dict) -> dict:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import nerve
 from nerve.errors import ConfigError, MeasurementError, StoreError
-from nerve.recording.measured_run import Digest
+from nerve.recording.digest import Digest
 
 
 class Net(nn.Module):
