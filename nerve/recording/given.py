@@ -15,7 +15,7 @@ from nerve.recording.digest import Digest
 from nerve.recording.measured_run import OWN
 from nerve.sites_and_groups import AROUND, GROUPS
 from nerve.storage.record import RunRecord
-from nerve.storage.schema import METRICS
+from nerve.storage.schema import METRICS_SCHEMA
 
 
 def check_stored(
@@ -71,7 +71,7 @@ def check_labels(
         "Give into=, or leave them out.",
     )
     recorded = {field.name for field in fields(RunRecord)} - {"seed"}
-    taken = sorted(labels.keys() & {*OWN, *METRICS.names, *recorded})
+    taken = sorted(labels.keys() & {*OWN, *METRICS_SCHEMA.names, *recorded})
     require(
         not taken,
         f"labels must not have the names {', '.join(OWN)}, those of columns of nerve.load_metrics, "

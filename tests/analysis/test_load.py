@@ -33,7 +33,7 @@ from nerve.storage.identity import GROUPS, completed, config_id
 from nerve.storage.parts import DamagedPartWarning, read_part
 from nerve.storage.record import RunRecord
 from nerve.storage.record_file import DamagedRecordWarning
-from nerve.storage.schema import DATASETS, METRICS
+from nerve.storage.schema import DATASETS, METRICS_SCHEMA
 from nerve.storage.store import RunStore
 
 HALVES = [
@@ -239,7 +239,7 @@ def test_a_damaged_part_is_named_at_the_callers_line(sweep, tmp_path):
 
 def test_a_part_with_one_changed_byte_in_a_page_is_named(sweep, tmp_path):
     part = sorted((tmp_path / "sweep" / "b" / "metrics").iterdir())[0]
-    chunk = pq.read_metadata(part).row_group(0).column(METRICS.names.index("se_pre"))
+    chunk = pq.read_metadata(part).row_group(0).column(METRICS_SCHEMA.names.index("se_pre"))
     content = bytearray(part.read_bytes())
     content[chunk.data_page_offset + chunk.total_compressed_size - 1] ^= 1
     part.write_bytes(content)
