@@ -23,7 +23,7 @@ from nerve.analysis.leaves import RECORDED
 from nerve.analysis.load import load_runs
 from nerve.analysis.scaling import fit_width_scaling
 from nerve.sites_and_groups import GROUP_SITES, GROUPS, POOLED
-from nerve.storage.identity import GROUPS as KEYS_OF_NERVE_RUN
+from nerve.storage.identity import ORIGINAL_GROUPS
 
 RECORD = {"run_id": "r", "sweep": "s", "step": 1, "final.val_loss": 1.0, "versions.torch": "2"}
 
@@ -51,7 +51,7 @@ def test_factors_are_the_leaves_that_vary_design_factors_first():
     assert factors.together == {}
 
 
-OF_NERVE_RUN = {f"{group}.x": 1 for group in KEYS_OF_NERVE_RUN}
+OF_NERVE_RUN = {f"{group}.x": 1 for group in ORIGINAL_GROUPS}
 
 
 def test_seeds_results_places_and_targets_are_no_factors():
