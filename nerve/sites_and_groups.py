@@ -10,7 +10,7 @@ input, before and after the nonlinearity, the FFN's output, and the stream after
 AROUND = ("stream_in", "input", "output", "stream_out")
 """The sites around the nonlinearity, the options of `monitor.sites`."""
 
-GROUPS = {
+GROUPINGS = {
     "position": ("0", "like_0", "q1", "q2", "q3", "q4"),
     "frequency": ("head", "mid", "tail"),
     "halves": ("a", "b"),

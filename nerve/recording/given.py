@@ -13,7 +13,7 @@ from nerve.measuring.ffns import FFN
 from nerve.measuring.given import require_mapping
 from nerve.recording.digest import Digest
 from nerve.recording.measured_run import OWN
-from nerve.sites_and_groups import AROUND, GROUPS
+from nerve.sites_and_groups import AROUND, GROUPINGS
 from nerve.storage.record import RunRecord
 from nerve.storage.schema import METRICS_SCHEMA
 
@@ -43,7 +43,7 @@ def check_stored(
         spectra in (True, False, "auto"), f"spectra must be true, false or 'auto'; got {spectra!r}."
     )
     require(not resume or into is not None, "resume=True continues the run in into=; got none.")
-    for name, each, options in (("groups", groups, GROUPS), ("sites", sites, AROUND)):
+    for name, each, options in (("groups", groups, GROUPINGS), ("sites", sites, AROUND)):
         require_several(name, each, options)
     require(
         into is not None or not (groups or sites),
