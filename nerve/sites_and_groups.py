@@ -1,6 +1,8 @@
 """What a spectrum may be of: the sites in and around an FFN, and the groups of samples."""
 
-SITES = ("pre", "post")
+from typing import Literal
+
+SITES: tuple[Literal["pre", "post"], ...] = ("pre", "post")
 """Where features are measured: before and after the nonlinearity."""
 
 GROUP_SITES = ("stream_in", "input", "pre", "post", "output", "stream_out")

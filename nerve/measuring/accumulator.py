@@ -20,6 +20,7 @@ from nerve.measuring.projection import (
     require_affine,
 )
 from nerve.measuring.weights import affine_of, gives, is_unrounded
+from nerve.sites_and_groups import SITES
 from nerve.spectra import SampleShares, StreamingCovariance
 from nerve.spectra.host_copy import Flag
 from nerve.spectra.moments import Spread
@@ -29,9 +30,6 @@ from nerve.spectra.shares import shares_of
 Side = Literal["input", "pre", "post"]
 """The subject of a covariance: the FFN's input, or its features before and after the
 nonlinearity."""
-
-SITES: tuple[Side, ...] = ("pre", "post")
-"""The subjects that have shares and spectra."""
 
 
 class Accumulator:

@@ -5,11 +5,12 @@ from typing import NamedTuple
 
 import torch
 
-from nerve.measuring.accumulator import SITES, Accumulator, Side
+from nerve.measuring.accumulator import Accumulator, Side
 from nerve.measuring.collectives import shared_from
 from nerve.measuring.exchange import OfCovariance, OfShares, exchange
 from nerve.measuring.messages import gathered
 from nerve.measuring.parts import Key
+from nerve.sites_and_groups import SITES
 from nerve.spectra.covariance import Tally
 
 
