@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from nerve.config import from_mapping
 from nerve.errors import MeasurementError, noted
 from nerve.integrations.callers import (
     adapters_of,
@@ -30,7 +29,7 @@ from nerve.measuring.given import check_given, require_mapping
 from nerve.measuring.masks import Masks
 from nerve.measuring.messages import gathered
 from nerve.measuring.processes import n_processes
-from nerve.recording.settings import MonitorSettings
+from nerve.recording.settings import settings_of
 from nerve.recording.writer import is_measured, monitored_values
 from nerve.storage.directory import RunDirectory
 
@@ -98,7 +97,7 @@ class SpectralCallback(TrainerCallback):
         **settings: Any,
     ) -> None:
         self._settings = {**settings, "every_n_steps": every_n_steps, "source": source}
-        layers = from_mapping(MonitorSettings, self._settings, "monitor").layers
+        layers = settings_of(self._settings).layers
         check_given(ffns=ffns, mask=mask, exclude=exclude, layers=layers)
         require_mapping("config", config)
         self._run = RunDirectory(directory)

@@ -35,7 +35,7 @@ def require_validation(trainer: L.Trainer, source: str) -> None:
     """Raises `ConfigError` if held-out features are to be measured in a fit without validation."""
     require(
         source == "train" or trainer.enable_validation,
-        "monitor.source=heldout measures the validation batches, and this fit has none: it has no "
+        "source='heldout' measures the validation batches, and this fit has none: it has no "
         f"validation loader, no validation_step, or limit_val_batches={trainer.limit_val_batches}. "
         "Pass validation batches to trainer.fit, or set source='train'.",
     )
@@ -93,7 +93,7 @@ def require_batches(trainer: L.Trainer, source: str) -> None:
         return
     require(
         trainer.num_val_batches[0] != 0,
-        "monitor.source=heldout measures the batches of the first validation loader, which has "
+        "source='heldout' measures the batches of the first validation loader, which has "
         f"none (limit_val_batches={trainer.limit_val_batches}). Add validation batches, or set "
         "source='train'.",
     )

@@ -9,10 +9,12 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.conf import HydraConf
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from nerve import cores
 from nerve.cli.console import print_all_letters
+from nerve.cli.directories import SingleRunDirectory, TrialDirectory
 from nerve.cli.experiment.build import (
     build_data,
     build_module,
@@ -75,7 +77,8 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (".*LeafSpec", ".*`srun` command is available"):  # Lightning's
         warnings.filterwarnings("ignore", message=message)
-    run = RunDirectory(hydra_config.runtime.output_dir)
+    is_trial = hydra_config.mode == RunMode.MULTIRUN
+    run = (TrialDirectory if is_trial else SingleRunDirectory)(hydra_config.runtime.output_dir)
     with gathering_of(plan.values["trainer"]) as gathering:
         # Of several processes, rank 0 records; it started the others with its directory.
         is_first = leads(plan.values["trainer"])
