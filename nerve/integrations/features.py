@@ -125,9 +125,9 @@ class PassFeatures:
             )
 
     def _versions(self) -> Iterator[tuple[Tensor, int]]:
-        """The weights of the projections before the nonlinearities, and for each what changes with
-        its values. Other tensors in their place, as FSDP gathers for a pass, or as a functional
-        call is given, may have equal values."""
+        """The weights of the projections before the nonlinearities, each with a number that changes
+        with its values. A weight replaced by another tensor (FSDP's all-gather, `functional_call`)
+        is not treated as changed."""
         modules = (sites_of(ffn)[0].module for ffn in self._recorder.probe.ffns)
         weights = (each for module in modules for each in module.parameters())
         return ((each, each._version) for each in weights if not each.is_inference())
@@ -184,8 +184,8 @@ def batch_of(
 
 
 def _signature_of(module: nn.Module) -> inspect.Signature:
-    """That of a module's forward, or of the module in it if it only passes on what it is given, as
-    a compiled or distributed one does."""
+    """The signature of a module's forward; if the module only passes on its arguments, as a
+    compiled or distributed one does, that of the module in it."""
     signature, inside = inspect.signature(module.forward), list(module.children())
     kinds = {each.kind for each in signature.parameters.values()}
     passes_on = kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
