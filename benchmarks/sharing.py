@@ -94,10 +94,10 @@ class Clock(L.Callback):
 
 def _wait_for_spectra(trainer: L.Trainer) -> None:
     from nerve.training.fit import callbacks_of
-    from nerve.training.monitor import SpectralMonitor
+    from nerve.training.monitor import FitMonitor
 
     for callback in callbacks_of(trainer):
-        if isinstance(callback, SpectralMonitor):
+        if isinstance(callback, FitMonitor):
             callback._recorder.wait()
 
 

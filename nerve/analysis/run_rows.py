@@ -19,7 +19,7 @@ from nerve.storage.identity import (
 )
 from nerve.storage.record import RunRecord
 
-TIMES = ("started", "heartbeat", "ended")
+TIMES = ("started", "heartbeat", "advanced", "ended")
 
 _INEXACT = 2**53
 """From here on, not every integer is a float."""

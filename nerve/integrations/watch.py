@@ -4,7 +4,6 @@ import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.optim import Optimizer
 from nerve.config import from_mapping, require
 from nerve.integrations.heldout import Forward, batches_of
 from nerve.integrations.loop import WatchedLoop
-from nerve.integrations.wrapping import device_name_of, unwrapped
+from nerve.integrations.wrapping import device_of, unwrapped
 from nerve.measuring.choice import Choice
 from nerve.measuring.ffns import FFN
 from nerve.measuring.find import find_ffns
@@ -22,7 +21,8 @@ from nerve.measuring.forward import call
 from nerve.measuring.given import check_given, require_mapping, require_model, told
 from nerve.measuring.masks import Masks
 from nerve.measuring.streams import count_tokens
-from nerve.recording.run import recorded_run, seed_of
+from nerve.recording.given import watched_config
+from nerve.recording.run import device_name, recorded_run, seed_of
 from nerve.recording.settings import MonitorSettings
 
 log = logging.getLogger(__name__)
@@ -70,9 +70,11 @@ def watch(
             compiled or distributed.
         directory: the run directory.
         every_n_steps: steps between measurements; None if `steps` gives all of them.
-        config: anything that distinguishes your runs, by name; the measurement settings are added
-            as `monitor`. Its `seed`, if it is an integer, is the seed of the run. Each value has a
-            name of its own: `{"a.b": 1, "a": {"b": 2}}` is refused.
+        config: anything that distinguishes your runs, by name: two runs with an equal configuration
+            are repeats of one run, unless their seeds differ. The measurement settings are added as
+            `monitor`, with the layers and names of `ffns`, but not what `mask` and `forward` do.
+            Its `seed`, if it is an integer, is the seed of the run. Each value has a name of its
+            own: `{"a.b": 1, "a": {"b": 2}}` is refused.
         optimizer: provides the learning rate of the rows; null without it, or if its groups differ.
         heldout: batches to measure instead of the training batches; with several processes, each
             gives its own part. Without them there is no validation loss, and comparisons of runs
@@ -99,7 +101,8 @@ def watch(
         ConfigError: for a setting that is out of range, or an argument of the wrong kind.
         MeasurementError: for a model without FFNs, or features, masks or descriptions that are
             inconsistent.
-        StoreError: if the directory holds a run with another configuration, or one that is done.
+        StoreError: if the directory holds a run with another configuration, or one that is done or
+            has measured something and is not continued.
     """
     source = "train" if heldout is None else "heldout"
     return _Watch(
@@ -118,6 +121,7 @@ def watch(
             resume=resume,
             last_step=last_step,
             token_counts=token_counts,
+            goes_on_with="resume= and the state of a checkpoint",
         )
     )
 
@@ -166,6 +170,7 @@ def watched(
     ffns: Sequence[FFN] | None,
     resume: Mapping[str, Any] | None,
     last_step: int | None,
+    goes_on_with: str,
     first: int = 0,
     token_counts: Tensor | None = None,
 ) -> Iterator[WatchedLoop]:
@@ -175,20 +180,34 @@ def watched(
         settings: those of `MonitorSettings`, by name.
         batches: held-out batches; None to measure passes that the loop runs, in train or eval mode
             depending on the source.
+        goes_on_with: how the caller's user continues a run, as in `recorded_run`.
         first: the first step of a loop without `resume`.
         others: as in `watch`.
     """
     require_model(model)
     chosen = from_mapping(MonitorSettings, settings, "monitor")
     check_given(ffns=ffns, mask=mask, forward=forward, exclude=exclude, layers=chosen.layers)
-    _check_loop(config, optimizer, resume)
+    _check_loop(optimizer, resume)
     steps = chosen.measured_steps(last_step)
     if resume is None and first == 0:
         chosen.require_some(last_step)
-    config = dict(config or {})
-    counted: dict[str, Any] = {"exclude": sorted(exclude), "only_labeled": only_labeled}
-    skip_first, is_grouped = chosen.skip_first, bool(chosen.groups)
-    choose = partial(Choice, mask=mask, skip_first=skip_first, is_grouped=is_grouped, **counted)
+    recorded_config = watched_config(
+        config,
+        chosen,
+        mask=mask,
+        exclude=exclude,
+        only_labeled=only_labeled,
+        ffns=ffns,
+        token_counts=token_counts,
+    )
+    choose = partial(
+        Choice,
+        mask=mask,
+        exclude=recorded_config["monitor"]["exclude"],
+        only_labeled=only_labeled,
+        skip_first=chosen.skip_first,
+        groups=chosen.groups,
+    )
     inner = unwrapped(model)
     if ffns is None:
         example = None if batches is None else batches[0]
@@ -200,11 +219,12 @@ def watched(
         token_counts = count_tokens(batches)
     with recorded_run(
         directory,
-        {**config, "monitor": asdict(chosen) | counted},
+        recorded_config,
         goes_on=resume is not None,
-        seed=seed_of(config),
+        goes_on_with=goes_on_with,
+        seed=seed_of(recorded_config),
         n_parameters=sum(parameter.numel() for parameter in inner.parameters()),
-        device=device_name_of(inner),
+        device=device_name(device_of(inner)),
     ) as recorded:
         loop = WatchedLoop(model, chosen, steps, optimizer, recorded)
         try:
@@ -218,17 +238,11 @@ def watched(
             loop.close()
 
 
-def _check_loop(config: object, optimizer: object, resume: object) -> None:
+def _check_loop(optimizer: object, resume: object) -> None:
     """Raises `ConfigError` for arguments that `watch` does not accept."""
-    require_mapping("config", config)
     require_mapping("resume", resume)
     require(
         optimizer is None or hasattr(optimizer, "param_groups"),
         "optimizer must be the optimizer of the loop, whose learning rate is recorded; got "
         f"{told(optimizer)}. Leave it out, or give the optimizer itself.",
-    )
-    require(
-        not isinstance(config, Mapping) or "monitor" not in config,
-        "monitor is reserved for the measurement settings, which are added to config= "
-        "automatically; got a value for it. Choose another name.",
     )

@@ -104,6 +104,12 @@ class Recorder:
         """The rows of the most recent measurement that is solved."""
         return self._writer.latest if self._writer else []
 
+    def write_to(self, store: RunStore | None) -> None:
+        """Sets where rows go, if that is known only after `open`; before anything is measured."""
+        self._store = store
+        if self._writer is not None:
+            self._writer.store = store
+
     def drop_after(self, step: int) -> None:
         """Drops rows after `step`: they belong to an abandoned branch if training starts there."""
         if self._store is not None:

@@ -14,7 +14,7 @@ from nerve.config import (
     require_steps,
 )
 from nerve.measuring.projection import PROJECTED
-from nerve.sites_and_groups import AROUND, GROUPS
+from nerve.sites_and_groups import AROUND, GROUPINGS
 
 SPACING = "log:"
 """Prefix of a request for a number of geometrically spaced steps: `log:30`."""
@@ -109,7 +109,7 @@ class MonitorSettings:
         )
         require_shortcut("monitor.shortcut", self.shortcut)
         require_count("monitor.skip_first", self.skip_first, least=0)
-        require_several("monitor.groups", self.groups, GROUPS)
+        require_several("monitor.groups", self.groups, GROUPINGS)
         require_several("monitor.sites", self.sites, AROUND)
         require_count("monitor.groups_every", self.groups_every)
 

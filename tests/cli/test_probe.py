@@ -419,6 +419,7 @@ def test_names_without_a_clear_step_are_refused(names, given, words):
         ({"trainer": {}, "probe": {}}, "nerve-probe"),
         ({"measure": {}}, "nerve.measure"),
         ({"monitor": {}}, "nerve.watch"),
+        ({"monitor": {}, "trainer": {"name": "mine"}}, "nerve.watch"),
     ],
 )
 def test_a_run_without_weights_is_distinguished_from_a_model(config, written):

@@ -124,6 +124,20 @@ def test_warnings_of_one_kind_are_one_line_and_errors_are_one_each(new_run, stat
     ]
 
 
+def test_a_run_that_lives_without_getting_anywhere_says_since_when(new_run, at_work, status):
+    """As one whose processes wait for each other, or that measures a large model."""
+    for name, minutes in (("moving", 0.5), ("stuck", 9)):
+        record = new_run(name)
+        at_work(record)
+        then = datetime.now(UTC) - timedelta(minutes=minutes)
+        record.update(step=7, advanced=then.isoformat(timespec="seconds"))
+    new_run("ended").finish("interrupted", advanced="2026-01-01T00:00:00+00:00")
+    rows, _ = status("sweep")
+    assert re.search(r" running 7/100 – .* s ago \w", rows[1])
+    assert re.search(r" running 7/100 – .* s ago 9 min( \d+ s)? ago", rows[2])
+    assert " ago" not in rows[0]
+
+
 def test_a_heartbeat_from_a_clock_that_is_ahead_counts_as_now(new_run, at_work, status):
     ahead = new_run("ahead")
     at_work(ahead)

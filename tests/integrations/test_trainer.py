@@ -138,12 +138,11 @@ class Training(L.LightningModule):
 
 
 def in_lightning(folder: Path, source: str, accumulate: int) -> pd.DataFrame:
-    store = nerve.RunStore(folder, nerve.RunRecord.create(folder, {}).run_id)
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=N_STEPS,
         accumulate_grad_batches=accumulate,
-        callbacks=[nerve.SpectralMonitor(store, every_n_steps=3, source=source)],
+        callbacks=[nerve.SpectralMonitor(folder, every_n_steps=3, source=source)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import nerve
 from nerve.errors import ConfigError, MeasurementError, StoreError
-from nerve.recording.measured_run import Digest
+from nerve.recording.digest import Digest
 
 
 class Net(nn.Module):
@@ -91,7 +91,7 @@ def test_only_one_loaded_model_of_a_series_is_in_memory(tmp_path, batches, caplo
 
 def test_a_series_resumes_where_it_stopped(tmp_path, model, batches):
     """Interrupted at any step, or done and now longer: the same rows and config_id, and no step is
-    loaded twice. Without resume= it starts over."""
+    loaded twice."""
     loaded: list[int] = []
 
     def series(*steps: int, broken: int | None = None):
@@ -177,18 +177,35 @@ def test_the_identity_is_weights_batches_and_arguments(tmp_path, model, batches)
     assert len({first, *others}) == 6
 
 
-def test_a_failed_run_starts_over_and_a_completed_one_stays(tmp_path, model, batches):
+def test_repeating_a_call_erases_nothing(tmp_path, model, batches):
+    """Neither what a series has measured before it failed nor a run that is done."""
+
     def broken():
         yield 0, model
+        yield 5, model
         raise ValueError("no checkpoint")
 
     with pytest.raises(ValueError, match="no checkpoint"):
         nerve.measure(broken(), batches, into=tmp_path)
-    assert nerve.RunRecord.load(tmp_path).run_status == "failed"
-    nerve.measure([(5, model)], batches, into=tmp_path)
-    assert nerve.load_metrics(tmp_path)["step"].tolist() == [5]
-    with pytest.raises(StoreError, match="Choose another directory"):
+    with pytest.raises(StoreError, match=r"failed, with 2 measured steps\. .*with resume=True, ch"):
+        nerve.measure(broken(), batches, into=tmp_path)
+    assert nerve.load_metrics(tmp_path)["step"].tolist() == [0, 5]
+    nerve.measure([(0, model), (9, model)], batches, into=tmp_path, resume=True)
+    assert nerve.load_metrics(tmp_path)["step"].tolist() == [0, 5, 9]
+    with pytest.raises(StoreError, match=r"is done, .*hoose another directory"):
         nerve.measure([(5, model)], batches, into=tmp_path)
+
+
+def test_a_measurement_that_failed_before_its_first_step_is_repeated(tmp_path, model, batches):
+    """On other batches, too: nothing of it is kept."""
+
+    def missing() -> nn.Module:
+        raise ValueError("no checkpoint")
+
+    with pytest.raises(ValueError, match="no checkpoint"):
+        nerve.measure([(0, missing)], batches[:1], into=tmp_path)
+    nerve.measure([(0, model)], batches, into=tmp_path)
+    assert nerve.load_metrics(tmp_path)["step"].tolist() == [0]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from nerve.training.callbacks import RunProgressBar
 from nerve.training.checkpoint_io import CheckpointFiles
 from nerve.training.loggers import StoreLogger, wandb_id_in
 from nerve.training.module import ImageClassifier, LanguageModel, TrainedModel
-from nerve.training.monitor import SpectralMonitor
+from nerve.training.monitor import FitMonitor
 
 log = logging.getLogger(__name__)
 
@@ -151,9 +151,9 @@ def build_trainer(
     return trainer
 
 
-def build_monitor(plan: Plan, store: RunStore | None) -> SpectralMonitor:
-    """The monitor of the configuration; `store` as in `SpectralMonitor`."""
-    return SpectralMonitor(store, **plan.monitor.settings)
+def build_monitor(plan: Plan, store: RunStore | None) -> FitMonitor:
+    """The monitor of the configuration; `store` as in `FitMonitor`."""
+    return FitMonitor(store, **plan.monitor.settings)
 
 
 def log_configuration(trainer: L.Trainer, plan: Plan) -> None:

@@ -53,7 +53,7 @@ class MonitorPlan(MonitorSettings):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings of `SpectralMonitor`, by name."""
+        """The settings of `FitMonitor`, by name."""
         return {each.name: getattr(self, each.name) for each in fields(MonitorSettings)}
 
     def n_heldout_tokens(self, widest: int) -> int:

@@ -37,10 +37,11 @@ from nerve.config import pasted
 from nerve.errors import DataError, NotGatheredError, StoppedError, StoreError, noted
 from nerve.files import remove_temporaries
 from nerve.measuring.departures import knowing_others, leave
+from nerve.recording.heartbeat import Heartbeat
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
-from nerve.training.callbacks import Heartbeat
+from nerve.training.callbacks import StepNotes
 from nerve.training.checkpoint_callback import Checkpointing
 from nerve.training.checkpoint_files import check_checkpoint
 from nerve.training.checkpoint_io import CheckpointFiles, require_other_files
@@ -120,9 +121,8 @@ def _lead(
     plan: Plan, run: RunDirectory, record: RunRecord, signals: StopSignals, gathering: Gathering
 ) -> None:
     """Runs the process that records how the run ends."""
-    heartbeat = Heartbeat(record)
     try:
-        with heartbeat, signals.of_all():
+        with Heartbeat(record) as heartbeat, signals.of_all():
             _run(plan, run, record, signals, heartbeat, gathering)
     except BaseException as error:
         signals.hold()
@@ -169,7 +169,7 @@ def _run(
     monitor = build_monitor(plan, store)
     files = CheckpointFiles()
     saving = Checkpointing(files, run, plan.checkpoint, signals, store)
-    callbacks = [monitor, saving, *([heartbeat] if heartbeat else [])]
+    callbacks = [monitor, saving, *([StepNotes(heartbeat)] if heartbeat else [])]
     trainer = build_trainer(plan, run.path, store, callbacks, files, gathering.environment)
     gathering.start_others(trainer)  # now, so that they do the following at the same time
 
