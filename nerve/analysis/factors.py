@@ -13,7 +13,7 @@ import pandas as pd
 from nerve.analysis.compare import COUNTS, NUMBERS
 from nerve.analysis.groups import contrasts, pr_column
 from nerve.analysis.leaves import leaves_of
-from nerve.sites_and_groups import GROUP_SITES, GROUPS, POOLED
+from nerve.sites_and_groups import GROUP_SITES, GROUPINGS, POOLED
 from nerve.storage.schema import METRIC_COLUMNS
 
 DESIGN_FACTORS = (
@@ -45,7 +45,7 @@ _ESTIMATED = (
     *("pearson", "spearman", "given_clock", "given_lr", "kendall", "loss_kendall", "given_loss"),
     "exponent",
 )
-_PARTS = [group for groups in GROUPS.values() for group in groups]
+_PARTS = [group for groups in GROUPINGS.values() for group in groups]
 """The groups of all groupings."""
 
 TAKEN = {

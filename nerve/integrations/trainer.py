@@ -140,7 +140,7 @@ class SpectralCallback(TrainerCallback):
         self._how: dict[str, Any] = {"mask": mask, "ffns": ffns, "token_counts": token_counts}
         self._opened = OpenRun()
         self._states = TrainerStates(self._run)
-        # The Trainer tells no callback of an exception.
+        # The Trainer does not notify callbacks of exceptions.
         weakref.finalize(self, OpenRun.give_up, self._opened)
 
     @property
@@ -221,7 +221,7 @@ class SpectralCallback(TrainerCallback):
         if self._opened.loop is None:  # not in training
             return
         if not ends_evaluation_of_trainer():
-            # The handler of callbacks takes it for the one that was asked for.
+            # The callback handler regards it as the requested one.
             control.should_evaluate |= self._opened.loop.awaits_evaluation
             return
         metrics = {} if metrics is None else metrics
@@ -232,7 +232,7 @@ class SpectralCallback(TrainerCallback):
                 require_once(loop.features.n_sequences, eval_dataloader)
                 loop.end_evaluation(_loss_of(metrics))
                 if is_measured((args.metric_for_best_model or "").removeprefix("eval_")):
-                    loop.recorder.wait()  # what decides must be of this step
+                    loop.recorder.wait()  # the deciding value must be of this step
                 values = gathered(monitored_values(loop.latest))[0]
                 metrics |= {f"eval_{name}": value for name, value in values.items()}
             elif loop.recorder.due_step == state.global_step:

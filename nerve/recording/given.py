@@ -15,7 +15,7 @@ from nerve.measuring.masks import Masks
 from nerve.recording.digest import Digest
 from nerve.recording.measured_run import OWN
 from nerve.recording.settings import MonitorSettings
-from nerve.sites_and_groups import AROUND, GROUPS
+from nerve.sites_and_groups import AROUND, GROUPINGS
 from nerve.storage.directory import RunDirectory
 from nerve.storage.schema import METRIC_COLUMNS
 
@@ -53,7 +53,7 @@ def check_stored(
         "Leave it out.",
     )
     require(not resume or into is not None, "resume=True continues the run in into=; got none.")
-    for name, each, options in (("groups", groups, GROUPS), ("sites", sites, AROUND)):
+    for name, each, options in (("groups", groups, GROUPINGS), ("sites", sites, AROUND)):
         require_several(name, each, options)
     require(
         into is not None or not (groups or sites),

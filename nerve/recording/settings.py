@@ -14,7 +14,7 @@ from nerve.config import (
     require_steps,
 )
 from nerve.measuring.projection import PROJECTED
-from nerve.sites_and_groups import AROUND, GROUPS
+from nerve.sites_and_groups import AROUND, GROUPINGS
 
 SPACING = "log:"
 """Prefix of a request for a number of geometrically spaced steps: `log:30`."""
@@ -115,7 +115,7 @@ class MonitorSettings:
         )
         require_shortcut(f"{prefix}shortcut", self.shortcut)
         require_count(f"{prefix}skip_first", self.skip_first, least=0)
-        require_several(f"{prefix}groups", self.groups, GROUPS)
+        require_several(f"{prefix}groups", self.groups, GROUPINGS)
         require_several(f"{prefix}sites", self.sites, AROUND)
         require_count(f"{prefix}groups_every", self.groups_every)
 

@@ -59,7 +59,7 @@ class Spread:
             and all_squares < _LARGEST_TOTAL
         )
 
-    def is_left_by_rounding(self, dtype: torch.dtype) -> bool:
+    def rounding_is_negligible(self, dtype: torch.dtype) -> bool:
         """Whether rounding the samples to `dtype` contributes at most 5e-5 of their variance.
 
         For normal and for skewed data, it contributes about `eps^2 / 22` of the mean square (less

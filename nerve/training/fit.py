@@ -42,8 +42,8 @@ def require_validation(trainer: L.Trainer, source: str) -> None:
 
 
 class FFNSearch:
-    """The search for the FFNs of a module, which comes before the module's own `setup` and
-    `configure_model`; those that these build would not be measured.
+    """The search for the FFNs of a module. It runs before the module's own `setup` and
+    `configure_model`; FFNs that these build would not be measured.
 
     Args:
         module: the module that is trained.

@@ -678,7 +678,7 @@ def test_a_training_step_that_is_skipped_before_the_model_runs_is_named(tmp_path
         ({"shortcut": "exact"}, "shortcut must be true, false or projected; got 'exact'"),
         ({"layers": [0], "ffns": []}, "layers must be None; got both"),
         ({"spectra": "yes"}, "^spectra must be true, false or auto; got 'yes'"),
-        ({"every_n_step": 2}, "an argument must be one of .*Did you mean 'every_n_steps'"),
+        ({"every_n_step": 2}, "^an argument must be one of .*Did you mean 'every_n_steps'"),
         ({"skip_first": -1}, "^skip_first must be a whole number of at least 0; got -1"),
         ({"mask": 1}, "mask must be a function of a batch; got int 1"),
     ],
