@@ -107,8 +107,8 @@ class SpectralMonitor(FitMonitor):
         run = recorded_run(
             self._directory,
             self._config,
-            goes_on=trainer.ckpt_path is not None or trainer.global_step > 0,
-            goes_on_with="trainer.fit(ckpt_path=…)",
+            resume=trainer.ckpt_path is not None or trainer.global_step > 0,
+            how_to_resume="trainer.fit(ckpt_path=…)",
             seed=seed_of(self._config),
             n_parameters=self._n_parameters,
             device=device_name(trainer.strategy.root_device),
