@@ -49,9 +49,9 @@ def flag_runs(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
         it is not an independent sample; runs without a recorded seed count as having the same seed
 
       The limit is `unigram_loss`, or, if none is stored, the first of several measured losses.
-      Stores have no NaN: a loss that is missing at the last step was NaN there. It was not if the
-      features are finite there, and either an earlier step lacks the loss, too (the run was
-      evaluated less often than measured), or the training loss is known.
+      Stores have no NaN: a loss that is missing at the last step counts as NaN, unless the features
+      are finite there and either an earlier step lacks the loss, too (the run was evaluated less
+      often than measured), or the training loss is known.
 
     - `reason`: one sentence with the numbers, empty for `ok`
     - `n_steps`: measured steps

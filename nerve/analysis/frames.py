@@ -156,7 +156,7 @@ def number_rows(frame: pd.DataFrame, by: Sequence[str]) -> np.ndarray:
 
 
 def _distinct(values: pd.Series) -> pd.Series:
-    """Values that pandas tells apart: true equals 1 in its tables, but is another level."""
+    """Values that pandas distinguishes: in its tables true equals 1, which is another level."""
     if values.dtype != object or not infer_dtype(values, skipna=True).startswith("mixed"):
         return values
     return values.map(lambda value: (value,) if isinstance(value, bool) else value)

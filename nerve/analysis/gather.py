@@ -169,8 +169,9 @@ def gathered(blocks: Iterable[tuple[Block, float]]) -> dict[str, np.ndarray | pd
     """The columns of all blocks; strings become categories in alphabetical order.
 
     Args:
-        blocks: at least one block, each with how many times the rows so far, including its own, all
-            rows are likely to be; this only determines how much memory is allocated at the start.
+        blocks: at least one block, each with the estimated number of all rows as a multiple of
+            those up to and including this block; it only determines how much memory is allocated at
+            the start.
     """
     columns: dict[str, _Column] = {}
     n_threads = min(allowed(), MOST_THREADS)

@@ -32,7 +32,7 @@ def queued_trials(paths: Iterable[str], ended: set[Path]) -> list[QueuedTrial]:
     """The queued trials of the sweeps at or directly below `paths`.
 
     Args:
-        paths: as the command has them.
+        paths: those given to the command.
         ended: absolute directories of runs for which no job can be pending.
 
     Raises:

@@ -152,7 +152,7 @@ def random_bits(n: int, *key: int) -> np.ndarray:
 
 
 def rank_batch_size(batch_size: int, world_size: int) -> int:
-    """The rows of each global batch that one process takes.
+    """The number of items of each global batch that one process takes.
 
     Raises:
         ConfigError: if the processes cannot share a batch equally.
@@ -167,8 +167,8 @@ def rank_batch_size(batch_size: int, world_size: int) -> int:
 
 
 def pinned(tensor: Tensor) -> Tensor:
-    """A copy in pinned memory, made by this thread alone: torch's threads would take longer where
-    other threads solve spectra, the more the longer they spin while they wait."""
+    """A copy in pinned memory, made by this thread alone: torch's threads would take longer while
+    other threads solve spectra, in particular if they spin while they wait."""
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     np.copyto(copy.numpy(), tensor.numpy())
     return copy

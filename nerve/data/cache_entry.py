@@ -9,9 +9,9 @@
     meta.json        counts, sizes and fingerprints; the checksums of the small files and its own
 
 Everything is verified before it is used. At each start, the small files are verified. Of the token
-files only the size is checked, and that they are older than meta.json, which is written last; if
-they are newer, as in a copy, they are verified completely. A block of tokens is verified when it is
-first used.
+files, only the size is checked, and whether they are older than meta.json, which is written last;
+if they are newer, as in a copy, they are verified completely. A block of tokens is verified when it
+is first used.
 """
 
 import io

@@ -18,7 +18,7 @@ _ROWS_AT_ONCE = 1024
 
 
 class Row(NamedTuple):
-    """A row's name and its text, None if it has none."""
+    """A row's name and its text, which is None if the row has none."""
 
     name: str
     text: str | None

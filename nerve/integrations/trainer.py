@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from nerve.config import from_mapping
 from nerve.errors import MeasurementError, noted
 from nerve.integrations.callers import (
     adapters_of,
@@ -30,7 +29,7 @@ from nerve.measuring.given import check_given, require_mapping
 from nerve.measuring.masks import Masks
 from nerve.measuring.messages import gathered
 from nerve.measuring.processes import n_processes
-from nerve.recording.settings import MonitorSettings
+from nerve.recording.settings import settings_of
 from nerve.recording.writer import is_measured, monitored_values
 from nerve.storage.directory import RunDirectory
 
@@ -98,7 +97,7 @@ class SpectralCallback(TrainerCallback):
         **settings: Any,
     ) -> None:
         self._settings = {**settings, "every_n_steps": every_n_steps, "source": source}
-        layers = from_mapping(MonitorSettings, self._settings, "monitor").layers
+        layers = settings_of(self._settings).layers
         check_given(ffns=ffns, mask=mask, exclude=exclude, layers=layers)
         require_mapping("config", config)
         self._run = RunDirectory(directory)
@@ -112,7 +111,7 @@ class SpectralCallback(TrainerCallback):
         }
         self._opened = OpenRun()
         self._states = TrainerStates(self._run)
-        # The Trainer tells no callback of an exception.
+        # The Trainer does not notify callbacks of exceptions.
         weakref.finalize(self, OpenRun.give_up, self._opened)
 
     @property
@@ -192,7 +191,7 @@ class SpectralCallback(TrainerCallback):
         if self._opened.loop is None:  # not in training
             return
         if not ends_evaluation_of_trainer():
-            # The handler of callbacks takes it for the one that was asked for.
+            # The callback handler regards it as the requested one.
             control.should_evaluate |= self._opened.loop.awaits_evaluation
             return
         metrics = {} if metrics is None else metrics
@@ -203,7 +202,7 @@ class SpectralCallback(TrainerCallback):
                 require_once(loop.features.n_sequences, eval_dataloader)
                 loop.end_evaluation(_loss_of(metrics))
                 if is_measured((args.metric_for_best_model or "").removeprefix("eval_")):
-                    loop.recorder.wait()  # what decides must be of this step
+                    loop.recorder.wait()  # the deciding value must be of this step
                 values = gathered(monitored_values(loop.latest))[0]
                 metrics |= {f"eval_{name}": value for name, value in values.items()}
             elif loop.recorder.due_step == state.global_step:

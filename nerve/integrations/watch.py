@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nerve.config import from_mapping, require
+from nerve.config import require
 from nerve.integrations.heldout import Forward, batches_of
 from nerve.integrations.loop import WatchedLoop
 from nerve.integrations.wrapping import device_of, unwrapped
@@ -23,7 +23,7 @@ from nerve.measuring.masks import Masks
 from nerve.measuring.streams import count_tokens
 from nerve.recording.given import watched_config
 from nerve.recording.run import device_name, recorded_run, seed_of
-from nerve.recording.settings import MonitorSettings
+from nerve.recording.settings import settings_of
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ def watched(
         others: as in `watch`.
     """
     require_model(model)
-    chosen = from_mapping(MonitorSettings, settings, "monitor")
+    chosen = settings_of(settings)
     check_given(ffns=ffns, mask=mask, forward=forward, exclude=exclude, layers=chosen.layers)
     _check_loop(optimizer, resume)
     steps = chosen.measured_steps(last_step)

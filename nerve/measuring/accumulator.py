@@ -277,9 +277,9 @@ class Accumulator:
         self._assume(gives(noted, self._bias, inputs, pre))
 
     def _assume(self, holds: Flag) -> None:
-        """Proceeds as if pre was computed from the weight. If the features do not depend on the
-        answer, or pre must be computed from it, the answer is awaited only at the end of the
-        forward pass, so that the device does not run dry."""
+        """Assumes that pre was computed from the weight. Unless the choice between pre and the
+        input depends on it, the check is read only after the forward pass, to avoid a GPU
+        synchronization."""
         if not self.of_input or self._leaves_rounding:
             self._assumed.append(holds)
         elif not holds:

@@ -113,13 +113,13 @@ class Measured(NamedTuple):
     is_done: bool = False
 
 
-def measured_of(directory: str | os.PathLike[str], requested: Mapping[str, Any]) -> Measured:
+def measured_of(run: RunDirectory, requested: Mapping[str, Any]) -> Measured:
     """What a directory holds of the requested run.
 
     Raises:
         StoreError: if the directory holds another run.
     """
-    record = RunDirectory(directory).record
+    record = run.record
     if record is None:
         return Measured({})
     different = differences(_requested_part(record.config, requested), requested)
@@ -130,7 +130,7 @@ def measured_of(directory: str | os.PathLike[str], requested: Mapping[str, Any])
         raise StoreError(
             f"A directory can hold only one run; {record.directory} holds run {record.run_id} "
             f"({record.run_status}) with different values of {names}. "
-            "Choose another directory, or delete that one."
+            f"Choose {run.ANOTHER}, or delete that one."
         )
     return Measured(_steps_of(record.config), record.started, record.run_status == "done")
 

@@ -18,13 +18,13 @@ FIRST_S = 10.0
 unknown."""
 
 _ROOM = 1.5
-"""Work pending on the host must be finishable within this many intervals between measurements: more
-than one, because the next measurement may find some pending, and fewer than would make training
-wait."""
+"""Work pending on the host must be finishable within this many intervals between measurements.
+Above 1, because some work may still be pending at the next measurement; not much above, or training
+would wait."""
 _MEASUREMENTS = 3
-"""Solving times are medians over as many of the latest solutions as these measurements have: while
-the machine is busy with something else for a moment, nothing moves to the GPU, where it would take
-time from training."""
+"""Solving times are medians over the solutions of this many measurements, so that nothing moves to
+the GPU, where it would take time from training, when the machine is busy with something else for a
+moment."""
 
 
 class Placement:

@@ -63,8 +63,8 @@ class Recorder:
         """Wall time spent measuring, in training steps, too, validating, and waiting for results
         that were not solved in time; on a GPU, the time of that work in the stream of the model.
 
-        Not in it is by how much a forward pass is slower where it must be observed: without CUDA
-        graphs, or with experts one by one.
+        It does not include by how much a forward pass is slower because it is observed: without
+        CUDA graphs, or with experts one by one.
         """
         return self._seconds_before + self.clock.seconds
 

@@ -1,11 +1,12 @@
 """Settings of the measurements during training: what is measured, and when."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from nerve.config import (
+    from_mapping,
     require,
     require_choice,
     require_count,
@@ -13,8 +14,12 @@ from nerve.config import (
     require_several,
     require_steps,
 )
+from nerve.errors import ConfigError
 from nerve.measuring.projection import PROJECTED
 from nerve.sites_and_groups import AROUND, GROUPINGS
+
+GROUP = "monitor"
+"""The group of the settings in the configuration of nerve-run."""
 
 SPACING = "log:"
 """Prefix of a request for a number of geometrically spaced steps: `log:30`."""
@@ -175,3 +180,17 @@ def steps_of(steps: Sequence[int] | str | None, last: int | None) -> tuple[int, 
         n = int(steps.removeprefix(SPACING))
         return tuple(sorted({0, *(round(last ** (i / (n - 1))) for i in range(n))}))
     return tuple(sorted(set(steps or ())))
+
+
+def settings_of(arguments: Mapping[str, Any]) -> MonitorSettings:
+    """The settings that are given in Python, as arguments of these names; errors call them so,
+    without the group that they have in the configuration of nerve-run.
+
+    Raises:
+        ConfigError: for an unknown name, or a value out of range.
+    """
+    try:
+        return from_mapping(MonitorSettings, arguments, GROUP)
+    except ConfigError as error:
+        told = str(error).replace(f"a key of {GROUP}", "an argument").replace(f"{GROUP}.", "")
+        raise ConfigError(told) from None

@@ -21,7 +21,7 @@ MOST_PENDING = 4
 """Number of measurements that may be pending; with one more, training waits for the oldest."""
 
 SHARE_OF_DEVICE = 8
-"""All but the newest may take 1/this of the device's memory."""
+"""All but the newest may take 1/`SHARE_OF_DEVICE` of the device's memory."""
 
 Labels = dict[str, Any]
 

@@ -90,7 +90,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def folder_of(paths: Sequence[AnyPath], output: AnyPath | None = None) -> Path:
-    """The folder into which `write_report` writes, with these arguments of it."""
+    """The folder into which `write_report` writes if it gets these arguments."""
     if output is not None:
         return Path(output)
     beside = Path(paths[0]).resolve().parent if paths else Path()  # without a path, gather raises
@@ -114,7 +114,7 @@ def gather(
     roots = _listed(paths)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        # Only training by nerve-run logs scalars: of another run their absence says nothing.
+        # Only training by nerve-run logs scalars; for other runs, their absence means nothing.
         warnings.filterwarnings("ignore", "Runs without scalars", IncompleteWarning)
         progress("reading runs", 0, 3)
         runs = Runs(roots)

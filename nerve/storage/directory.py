@@ -36,6 +36,12 @@ class RunDirectory:
         path: path of the directory.
     """
 
+    ANOTHER = "another directory"
+    """What a user can choose; a subclass says how. For messages."""
+
+    RETRY = "retry=True"
+    """How a user asks for a failed run to be restarted. For messages."""
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._lock: RunLock | None = None
@@ -141,9 +147,9 @@ class RunDirectory:
         if record.run_status == "failed" and not retry:
             error = ": ".join((record.error or {}).values())
             raise StoreError(
-                f"A failed run is only restarted with retry=true; {self.path} holds run "
+                f"A failed run is only restarted with {self.RETRY}; {self.path} holds run "
                 f"{record.run_id}, which failed with {error or 'an error'}. Fix the cause and add "
-                "retry=true, or choose another directory with hydra.run.dir=…."
+                f"{self.RETRY}, or choose {self.ANOTHER}."
             )
         if record.run_status != "done":
             record.restart(config=dict(config), job=job)
@@ -176,8 +182,7 @@ class RunDirectory:
             raise StoreError(
                 f"A directory can hold only one run; {self.path} holds run {record.run_id} "
                 f"({record.run_status}) with other values of {', '.join(shown[:SHOWN])}{more}. "
-                "Choose another directory with hydra.run.dir=… (for a sweep, hydra.sweep.dir=…), "
-                "or delete that one."
+                f"Choose {self.ANOTHER}, or delete that one."
             )
 
     def store(self) -> "RunStore":

@@ -14,7 +14,7 @@ NEVER = sys.maxsize
 class Divergence:
     """Keeps the losses since the last check, and the first step whose loss was not finite.
 
-    To keep a loss takes no kernel, and only a check waits for the device.
+    Keeping a loss launches no kernel; only a check waits for the device.
     """
 
     def __init__(self) -> None:

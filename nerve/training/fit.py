@@ -35,15 +35,15 @@ def require_validation(trainer: L.Trainer, source: str) -> None:
     """Raises `ConfigError` if held-out features are to be measured in a fit without validation."""
     require(
         source == "train" or trainer.enable_validation,
-        "monitor.source=heldout measures the validation batches, and this fit has none: it has no "
+        "source='heldout' measures the validation batches, and this fit has none: it has no "
         f"validation loader, no validation_step, or limit_val_batches={trainer.limit_val_batches}. "
         "Pass validation batches to trainer.fit, or set source='train'.",
     )
 
 
 class FFNSearch:
-    """The search for the FFNs of a module, which comes before the module's own `setup` and
-    `configure_model`; those that these build would not be measured.
+    """The search for the FFNs of a module. It runs before the module's own `setup` and
+    `configure_model`; FFNs that these build would not be measured.
 
     Args:
         module: the module that is trained.
@@ -93,7 +93,7 @@ def require_batches(trainer: L.Trainer, source: str) -> None:
         return
     require(
         trainer.num_val_batches[0] != 0,
-        "monitor.source=heldout measures the batches of the first validation loader, which has "
+        "source='heldout' measures the batches of the first validation loader, which has "
         f"none (limit_val_batches={trainer.limit_val_batches}). Add validation batches, or set "
         "source='train'.",
     )

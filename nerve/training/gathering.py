@@ -51,7 +51,8 @@ class Gathering:
 
     torch waits half an hour for a process that does not come, and ignores signals meanwhile. Here
     each process waits in short steps, and one that cannot come tells the others why. They meet at
-    the port where torch opens its store afterwards; in the process that serves it, both share it.
+    the port where torch opens its store afterwards; in the process that serves both stores, they
+    share the port.
 
     As a context manager, it tells the others about an error that ends the block before all
     processes have come.
@@ -111,8 +112,9 @@ class Gathering:
         return self._wait_for(lambda store: store.check([f"{self._prefix}/begun"]))
 
     def start_others(self, trainer: L.Trainer) -> None:
-        """Starts the other processes now, where Lightning would do so only when the fit begins: by
-        then this process has loaded the data and built the model, for which it would wait again."""
+        """Starts the other processes now. Lightning would start them only when the fit begins; this
+        process, which has loaded the data and built the model by then, would wait until they have,
+        too."""
         launcher = trainer.strategy.launcher
         is_left_to_it = not (self._are_there or self._are_started)
         if is_left_to_it and isinstance(launcher, _SubprocessScriptLauncher):
@@ -135,8 +137,8 @@ class Gathering:
     @contextmanager
     def watching(self, lost: Callable[[NotGatheredError], None]) -> Iterator[Mapping[int, Exit]]:
         """Watches, while the block runs, the processes that this one has started, or the one that
-        has started it. If one of them fails, and the block waits for it nevertheless, ends this
-        process, and those that it has started.
+        has started it. If one of them fails and the block still waits for it, ends this process and
+        those that it has started.
 
         Args:
             lost: called with the reason before that, by another thread.

@@ -47,7 +47,7 @@ class Interrupted(SystemExit):
     Args:
         reason: why it stopped.
         code: the exit status of the process.
-        at_once: whether nothing is to be waited for.
+        at_once: whether the process ends without waiting for anything.
     """
 
     def __init__(
@@ -102,8 +102,9 @@ class StopSignals(SignalsHandled):
 
     Before `defer` is called, such a signal raises `Interrupted` immediately; afterwards the program
     checks `received` where it can stop. A second Ctrl-C raises it immediately, too, and further
-    signals are only noted. Not KeyboardInterrupt, of which Lightning makes another error. Outside
-    the main thread, where Python does not allow signal handlers, nothing is installed.
+    signals are only noted. KeyboardInterrupt is not used, because Lightning turns it into another
+    error. Outside the main thread, where Python does not allow signal handlers, nothing is
+    installed.
     """
 
     def __init__(self) -> None:
@@ -129,14 +130,15 @@ class StopSignals(SignalsHandled):
         self.install()
 
     def hold(self) -> None:
-        """From now on, all signals are only noted: what is left to do is short."""
+        """From now on, all signals are only noted, because little is left to do."""
         self._is_held = True
 
     @contextmanager
     def of_all(self) -> Iterator[None]:
-        """Within the block, this process is also interrupted if another one was asked to stop; and
-        if it was itself asked to, the end of another one is part of that, and so is any error after
-        a signal has interrupted it at once: torch replaces an exception in the middle of a file.
+        """Within the block, this process is also interrupted if another one was asked to stop. If
+        this one was asked to stop, an error because another one has ended is replaced; so is any
+        error after a signal has interrupted this process at once, since torch replaces an exception
+        that is raised while it writes a file.
 
         Raises:
             Interrupted: in place of the error.

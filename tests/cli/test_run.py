@@ -262,6 +262,7 @@ def test_a_directory_with_a_finished_run_is_left_alone(run, tiny, tmp_path):
     assert status == 1
     assert "holds run" in err
     assert "(done)" in err
+    assert "Choose another directory with hydra.run.dir=…, or delete that one." in err
     assert before == {path: path.read_bytes() for path in Path("mine").rglob("*") if path.is_file()}
 
 

@@ -341,7 +341,7 @@ def test_without_a_checkpoint_a_run_is_not_started_over(tmp_path):
     train(tmp_path / "whole", network())
     with pytest.raises(StoreError, match=r"is done, .*another directory"):
         train(tmp_path / "whole", network())
-    with pytest.raises(StoreError, match="every_n_steps"):
+    with pytest.raises(StoreError, match=r"every_n_steps.*\. Choose another directory, or delete"):
         train(tmp_path / "whole", network(), every_n_steps=2)
 
 
@@ -913,7 +913,7 @@ def raising_once(error: BaseException) -> Callable[..., None]:
         ({"heldout": torch.zeros(3, 4)}, "list of batches"),
         ({"heldout": []}, "got none"),
         ({"config": {"monitor": 1}}, "another name"),
-        ({"every_n_steps": 0}, "every_n_steps"),
+        ({"every_n_steps": 0}, "^every_n_steps must be"),
         ({"colour": 1}, "colour"),
         ({"config": "mine"}, "config must be a mapping by name.*got str 'mine'"),
         ({"optimizer": "sgd"}, "optimizer must be the optimizer of the loop.*got str 'sgd'"),

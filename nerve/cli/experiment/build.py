@@ -160,12 +160,12 @@ def log_configuration(trainer: L.Trainer, plan: Plan) -> None:
     """Passes the configuration to the loggers, which starts those that write to a service.
 
     Raises:
-        ConfigError: when one cannot start, for want of a login, say.
+        ConfigError: if one cannot start, for example without a login.
     """
     for logger in trainer.loggers:
         try:
             logger.log_hyperparams(dict(plan.values))
-        except Exception as error:  # it may be about anything
+        except Exception as error:  # it may be of any kind
             reason = str(error).strip().rstrip(".") or type(error).__name__
             raise ConfigError(
                 f"A logger must be able to start; {type(logger).__name__} could not: {reason}. "

@@ -1,8 +1,8 @@
 """Checks of a configuration as a whole, in addition to what each group checks itself.
 
 Every check is one of `nerve.config` or of `require`: it raises `ConfigError` with the rule, what
-was received and the likely fix. None needs the data; of the machine, one asks which packages are
-installed.
+was received and the likely fix. None needs the data, and the only one that depends on the machine
+asks which packages are installed.
 """
 
 import math

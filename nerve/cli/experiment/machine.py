@@ -167,7 +167,7 @@ def _n_covariances(plan: Plan) -> int:
     total, monitor = 0, plan.monitor
     n_groups = sum(len(GROUPINGS[name]) for name in monitor.groups) + bool(monitor.groups)
     for d_in, width in plan.model.ffn_widths:
-        # Of 16-bit features pre itself is taken, not the input, unless it is to be projected.
+        # For 16-bit features, pre itself is measured, not the input, unless it is to be projected.
         is_exact = plan.trainer.has_exact_features or monitor.shortcut == PROJECTED
         of_input = monitor.shortcut and is_exact
         of_ffn = width**2 + (d_in if of_input else width) ** 2

@@ -159,7 +159,7 @@ def check_objective(name: str, kind: str) -> None:
     """Refuses a name for which a run with a model of that kind has no number.
 
     Raises:
-        ConfigError: with the good names.
+        ConfigError: with the valid names.
     """
     if name not in SCORES[kind]:
         require_choice("objective", name, objectives(kind))

@@ -9,10 +9,12 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.conf import HydraConf
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from nerve import cores
 from nerve.cli.console import print_all_letters
+from nerve.cli.directories import SingleRunDirectory, TrialDirectory
 from nerve.cli.experiment.build import (
     build_data,
     build_module,
@@ -62,7 +64,7 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
 
     Returns:
         What `objective` names, by default the final validation loss in nats per target. Of several
-        processes only the one that records the run knows more than the loss.
+        processes, only the one that records the run knows more than the loss.
 
     Raises:
         NerveError: for errors that the user can fix; a run that had begun is recorded as failed.
@@ -70,18 +72,19 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
     """
     print_all_letters()  # Hydra's handler logs to stdout
     plan = Plan.of(config)
-    # What launches processes may say why it ends all of them.
+    # Lightning's launcher may still log why it ends all processes.
     for name in ("lightning.fabric.utilities", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (".*LeafSpec", ".*`srun` command is available"):  # Lightning's
         warnings.filterwarnings("ignore", message=message)
-    run = RunDirectory(hydra_config.runtime.output_dir)
+    is_trial = hydra_config.mode == RunMode.MULTIRUN
+    run = (TrialDirectory if is_trial else SingleRunDirectory)(hydra_config.runtime.output_dir)
     with gathering_of(plan.values["trainer"]) as gathering:
         # Of several processes, rank 0 records; it started the others with its directory.
         is_first = leads(plan.values["trainer"])
         if is_first and is_done(run, config):
             return objective_of(run, plan.objective)
-        if not is_first:  # what all have in common, the first says
+        if not is_first:  # the first one logs what they have in common
             logging.getLogger("nerve").setLevel(logging.WARNING)
         check_machine(plan)
         require_other_files(plan.callbacks, run)
@@ -113,7 +116,7 @@ def _follow(plan: Plan, run: RunDirectory, signals: StopSignals, gathering: Gath
         signals.hold()
         leave(interrupted)  # if a second signal came before the fit could say so
         signals.hand_on()
-        # A launcher takes another exit status of a process that it started for a crash.
+        # A launcher regards any other exit status of a process that it started as a crash.
         raise SystemExit(0) from interrupted
 
 
@@ -132,13 +135,13 @@ def _lead(
             log.warning("%s; to resume: nerve-run %s", str(error), pasted("resume", run.path))
             signals.hand_on()
         raise
-    if signals.received:  # when the run had ended: nothing is left to save, but the command stops
+    if signals.received:  # after the run: nothing is left to save, but the command stops
         signals.hand_on()
         signals.stop()
 
 
 def _give_up(record: RunRecord | None, error: NotGatheredError) -> None:
-    """Says and records that a run fails whose main thread waits for a process that has failed."""
+    """Prints and records that the run fails; its main thread still waits for a failed process."""
     os.write(2, f"nerve-run: {error}\n".encode())  # sys.stderr may be in the middle of a write
     if record:
         _record_end(record, error)
@@ -178,7 +181,7 @@ def _run(
     saving.data_dims = data_dims_of(data, plan.model.kind)
     module = build_module(plan, saving.data_dims)
     last = run.checkpoint("last")
-    # A run that goes on has its weights in the checkpoint, and the factors in its record.
+    # A resumed run has its weights in the checkpoint, and the factors in its record.
     pre_scales = {} if last.exists() else scale_pre_activations(plan, module, data)
     if record and store:
         _prepare(run, record, store, data)

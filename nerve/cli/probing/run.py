@@ -11,6 +11,7 @@ from torch import nn
 
 from nerve.analysis.load import load_metrics
 from nerve.cli.console import say, say_next
+from nerve.cli.directories import ProbeDirectory
 from nerve.cli.experiment.summary import print_summary
 from nerve.cli.probing.source import Checkpoint, Data, ProbeArguments, Source
 from nerve.errors import DataError, NerveError, NotFiniteError, StoreError
@@ -81,7 +82,7 @@ def probe(source: Source, args: ProbeArguments, *, output: str | None, progress:
         say(f"not measured; if it is an FFN, describe it by hand: {line}")
     data, table = source.data(now.model, now.ffns), now.ffns.table()
     directory = Path(output or OUTPUTS / f"{source.name}-{config_id(data.config)}")
-    before = measured_of(directory, data.config)
+    before = measured_of(ProbeDirectory(directory), data.config)
     left = _left(source.checkpoints, before)
     damaged = {each: damaged[each] for each in left if each in damaged}  # others are measured
     left = [each for each in left if each not in damaged]

@@ -61,7 +61,8 @@ class KeptCheckpoints:
         ] or [self._last()]
 
     def _last(self) -> Checkpoint:
-        """The last checkpoint, with its own step: that of the run is later, unless it is done."""
+        """The last checkpoint, with its own step; unless the run is done, the run's step is
+        later."""
         last = self._run.checkpoint("last")
         step = step_of(last) if last.exists() else self._record.step  # `load` says what is missing
         return Checkpoint(step, str(last))

@@ -32,7 +32,7 @@ class ProbeArguments:
         spectra: whether to store eigenvalues.
         memory: limit for the matrices held at once, as in `nerve.measure`.
         steps: of the models, in their order.
-        groups: groupings of the samples whose groups are measured by themselves, too.
+        groups: groupings of the samples whose groups are also measured separately.
         sites: what is measured around the nonlinearity.
 
     Raises:
@@ -122,9 +122,9 @@ class Data:
     """What all models of a series share.
 
     Attributes:
-        batches: on the device; they can be gone through again and again.
+        batches: on the device; they can be iterated repeatedly.
         forward: runs a model on a batch, and returns its loss if there is one.
-        config: the configuration of the run but for the weights.
+        config: the configuration of the run, without the weights.
         record: further fields of its record, such as `fingerprints`.
         skip_first, shortcut: of the measurement.
         tokens_seen: by a model at a step.

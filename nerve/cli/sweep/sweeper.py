@@ -46,8 +46,8 @@ class TrialSweeper(Sweeper):
     has submitted to a cluster and whose jobs are queued or running are waited for. How the trials
     ended is read from their directories.
 
-    On this machine each trial runs in its own process. Hydra's launcher `basic` stands for that;
-    any other launcher gets the trials that are left to do and not yet submitted.
+    On this machine each trial runs in its own process. Hydra's launcher `basic` means this; any
+    other launcher gets the trials that are left to do and not yet submitted.
 
     Args:
         n_jobs: how many trials run side by side on this machine; -1 for as many as it has cores.
@@ -266,7 +266,7 @@ def _find_jobs(trials: Sequence[Trial], jobs: SubmittedJobs) -> None:
 
 
 def _wait_for_silence(trials: Sequence[Trial]) -> None:
-    """Waits up to a minute, during which a run whose node was lost looks alive because its last
+    """Waits up to a minute, because a run whose node was lost looks alive as long as its last
     heartbeat is recent."""
     until = time.monotonic() + FRESH.total_seconds()
     while time.monotonic() < until and any(map(_is_alive, trials)):

@@ -148,7 +148,8 @@ class SweepTable:
             names = [f"{trial.number} ({self._labels[trial.number]})" for trial in trials]
             lines.append(f"  {_some(names)}: {reason}")
         for error in errors:
-            # submitit's message goes on with the whole log of the job; its first line has the path.
+            # submitit's message continues with the whole log of the job; its first line has the
+            # path.
             lines.append(f"  the launcher: {first_line(error)}")
         lines.append(
             "Repeat the command to run what is not done; retry=true includes failed trials."

@@ -705,6 +705,7 @@ def test_a_run_with_other_values_that_came_first_is_not_taken_for_the_trial(find
     status, _, err = finds_a_run([], ["activation=relu"], lambda: None)
     assert status == 1
     assert "mine/chosen holds run" in err
+    assert "Choose another directory with hydra.sweep.dir=…, or delete that one." in err
     assert "activation.name" in err
 
 
