@@ -176,7 +176,7 @@ class SpectralCallback(TrainerCallback):
                 resume=saved,
                 first=step,
                 last_step=state.max_steps,
-                goes_on_with="resume_from_checkpoint",
+                how_to_resume="resume_from_checkpoint",
             ),
         )
         if loop.features is not None:

@@ -173,7 +173,7 @@ def watch(
             resume=resume,
             last_step=last_step,
             token_counts=token_counts,
-            goes_on_with="resume= and the state of a checkpoint",
+            how_to_resume="resume= and the state of a checkpoint",
         )
     )
 
@@ -220,7 +220,7 @@ def watched(
     ffns: Sequence[FFN] | None,
     resume: Mapping[str, Any] | None,
     last_step: int | None,
-    goes_on_with: str,
+    how_to_resume: str,
     first: int = 0,
     token_counts: Tensor | None = None,
 ) -> Iterator[WatchedLoop]:
@@ -231,7 +231,7 @@ def watched(
         config: of the run, as of `watched_config`.
         batches: held-out batches; None to measure passes that the loop runs, in train or eval mode
             depending on the source.
-        goes_on_with: how the caller's user continues a run, as in `recorded_run`.
+        how_to_resume: how the caller's user continues a run, as in `recorded_run`.
         first: the first step of a loop without `resume`.
         others: as in `watch`.
     """
@@ -260,8 +260,8 @@ def watched(
     with recorded_run(
         directory,
         config,
-        goes_on=resume is not None,
-        goes_on_with=goes_on_with,
+        resume=resume is not None,
+        how_to_resume=how_to_resume,
         seed=seed_of(config),
         fingerprints=dict(config.get("text", {})),
         n_parameters=sum(parameter.numel() for parameter in inner.parameters()),

@@ -141,8 +141,8 @@ class SpectralMonitor(FitMonitor):
         run = recorded_run(
             self._directory,
             self._config,
-            goes_on=trainer.ckpt_path is not None or trainer.global_step > 0,
-            goes_on_with="trainer.fit(ckpt_path=…)",
+            resume=trainer.ckpt_path is not None or trainer.global_step > 0,
+            how_to_resume="trainer.fit(ckpt_path=…)",
             seed=seed_of(self._config),
             fingerprints=dict(self._config.get("text", {})),
             n_parameters=self._n_parameters,
