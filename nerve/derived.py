@@ -8,13 +8,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from nerve.metric_names import STORED
+from nerve.metric_names import SAMPLES_PER_DIMENSION, STORED
 from nerve.sites_and_groups import SITES
 
 VERDICTS = ("well", "under", "severely under")
 
 
-LEAST_RATIO = {"well": 8.0, "under": 2.0}
+LEAST_RATIO = {"well": float(SAMPLES_PER_DIMENSION), "under": 2.0}
 """The smallest N/D for each verdict, if no halves were measured."""
 
 

@@ -17,6 +17,10 @@ from nerve.sites_and_groups import SITES
 SPREAD = ("se", "pr", "eee")
 """The metrics whose sampling error is estimated from halves."""
 
+SAMPLES_PER_DIMENSION = 8
+"""The smallest number of samples per dimension of the features, N/D, of a well sampled spectrum.
+Measurements take as many by default."""
+
 Place = Literal["summary", "overview", "maps", "curves", "layers", "scatter", "tables", "depth"]
 """Where a metric is shown: in the summary at the end of a run; for one run, in its overview and its
 maps over depth and time; for several, as curves over steps, over layers, and against the loss; in
@@ -33,7 +37,7 @@ class Metric:
         unit: the unit of its values, or the meaning of their extremes.
         title: its name in words.
         bounds: the range of its values.
-        at_most, at_least: functions of rank r and width D, the limit of pre if its rank is r.
+        at_most, at_least: the limits of pre with rank r and width D, as functions of (r, D).
         neutral: the value that means that the nonlinearity changes nothing; None if there is none.
         flatter: the side of `neutral` on which the nonlinearity flattens the spectrum.
         is_ratio: whether it is shown on a logarithmic axis if its values span a wide range.

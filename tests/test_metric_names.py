@@ -26,7 +26,7 @@ from nerve.report.one_run import content_of_run
 from nerve.report.several_runs import content_of_runs
 from nerve.sites_and_groups import SITES
 from nerve.spectra.metrics import OF_ONE_SPECTRUM, OF_TWO_SPECTRA
-from nerve.storage.schema import METRICS
+from nerve.storage.schema import METRICS_SCHEMA
 
 
 def row(layer: int, ffn: str = "ffn", **values: float | None) -> dict:
@@ -44,14 +44,14 @@ def measured() -> pd.DataFrame:
 
 
 def test_the_stored_metrics_are_columns_in_the_order_of_the_catalog():
-    assert [name for name in METRICS.names if metric_of(name)] == list(STORED)
+    assert [name for name in METRICS_SCHEMA.names if metric_of(name)] == list(STORED)
     assert len(set(STORED + DERIVED)) == len(STORED + DERIVED)
     assert set(MEASURED) <= set(STORED)
 
 
 def test_measured_and_derived_columns_are_those_of_the_catalog(measured):
     """Every metric has a function, and every function a metric."""
-    others = {*METRICS.names, "outliers"} - set(STORED)
+    others = {*METRICS_SCHEMA.names, "outliers"} - set(STORED)
     assert [name for name in measured if name not in others] == [
         *STORED,
         *(name for name in measured if name in DERIVED),

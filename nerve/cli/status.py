@@ -19,7 +19,7 @@ from pathlib import Path
 from nerve.cli.console import error_text, fail, say
 from nerve.cli.queued import queued_trials
 from nerve.cli.saved import load_overrides
-from nerve.cli.status_table import GO_ON, Status, show
+from nerve.cli.status_table import ACTIVE_STATES, Status, show
 from nerve.config import require_path
 from nerve.errors import NerveError, StoreError
 from nerve.storage.directory import RunDirectory
@@ -63,22 +63,22 @@ def main() -> None:
         action="store_true",
         help=f"refresh every {WATCHED_EVERY_S:g} s while any run is active",
     )
-    asked = parser.parse_args()
+    args = parser.parse_args()
     try:
-        for path in asked.path:
+        for path in args.path:
             require_path("PATH", path)
         while True:
-            statuses = statuses_of(asked.path)
-            if asked.watch and sys.stdout.isatty():
+            statuses = statuses_of(args.path)
+            if args.watch and sys.stdout.isatty():
                 print("\x1b[2J\x1b[H", end="")  # clears the screen
             show(statuses)
-            if not asked.watch or not any(status.state in GO_ON for status in statuses):
+            if not args.watch or not any(status.state in ACTIVE_STATES for status in statuses):
                 return
             time.sleep(WATCHED_EVERY_S)
     except NerveError as error:
         fail("nerve-status", str(error))
     except KeyboardInterrupt:
-        if not asked.watch:
+        if not args.watch:
             sys.exit(128 + signal.SIGINT)
 
 
@@ -94,7 +94,9 @@ def statuses_of(paths: Sequence[str]) -> list[Status]:
     except StoreError as error:
         statuses, none = [], error
     by_path = {os.path.abspath(status.directory): status for status in statuses}
-    at_rest = {Path(path) for path, each in by_path.items() if each.state in (*GO_ON, "done")}
+    at_rest = {
+        Path(path) for path, each in by_path.items() if each.state in (*ACTIVE_STATES, "done")
+    }
     try:
         trials = queued_trials(paths, at_rest)
     except NerveError as error:
@@ -190,10 +192,10 @@ def _left_s(record: RunRecord, silent_s: float) -> float | None:
         if record.restarts:
             return None  # the step at which it resumed is unknown
         first = 0
-    heard = datetime.fromisoformat(record.heartbeat).timestamp()
-    if record.max_steps is None or record.step <= first or heard <= since:
+    heartbeat = datetime.fromisoformat(record.heartbeat).timestamp()
+    if record.max_steps is None or record.step <= first or heartbeat <= since:
         return None
-    a_step = (heard - since) / (record.step - first)
+    a_step = (heartbeat - since) / (record.step - first)
     return max(0.0, a_step * (record.max_steps - record.step) - silent_s)
 
 

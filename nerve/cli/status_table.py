@@ -11,10 +11,10 @@ from nerve.cli.console import duration, figure, say
 from nerve.cli.text_table import fits, say_table
 from nerve.storage.record import RunRecord
 
-GO_ON = ("running", "slow", "queued", "starting")
+ACTIVE_STATES = ("running", "slow", "queued", "starting")
 """States of runs that have not ended."""
 
-ORDER = (*GO_ON, "done", "interrupted", "dead", "failed", "unreadable")
+ORDER = (*ACTIVE_STATES, "done", "interrupted", "dead", "failed", "unreadable")
 
 RIGHT = ("step", "val loss", "time left", "heartbeat", "last step")
 COLUMNS = ("run", "overrides", "state", *RIGHT, "host", "job")

@@ -160,8 +160,8 @@ def rank_batch_size(batch_size: int, world_size: int) -> int:
     larger = -(-batch_size // world_size) * world_size
     require(
         batch_size % world_size == 0,
-        "data.batch_size is the global batch size and must be divisible by the number of "
-        f"processes; got {batch_size} for {world_size} processes. Try {larger}.",
+        "data.batch_size counts the items of all processes and must be divisible by their "
+        f"number; got {batch_size} for {world_size} processes. Try {larger}.",
     )
     return batch_size // world_size
 
@@ -181,7 +181,7 @@ Fetch = Callable[[np.ndarray], Batch]
 class BatchDataModule(LightningDataModule):
     """Makes loaders for the processes of the trainer that the module is attached to.
 
-    `batch_size` is the global batch size: each of W processes takes 1/W of a batch, so that the
+    `batch_size` counts the items of all processes: each of W processes takes 1/W of a batch, so the
     batches of a run do not depend on the number of processes. The held-out set is not sharded:
     every process evaluates all of it and obtains the same loss.
     """

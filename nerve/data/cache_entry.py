@@ -199,7 +199,7 @@ def build_entry(folder: Path, corpus: Corpus, spec: TokenizerSpec, val_fraction:
         with progress(f"writing {split}.tokens", sizes[split]) as add:
             texts = counted(_texts(corpus, digests), add)
             counts[split] = _write_tokens(folder / split, tokenizer, separator, texts, dtype)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     np.save(folder / "counts.npy", counts["train"], allow_pickle=False)
     meta = CacheMeta(
         corpus=corpus.name,

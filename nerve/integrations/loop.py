@@ -17,7 +17,7 @@ from nerve.integrations.wrapping import device_of, unwrapped
 from nerve.measuring.around import Stream, find_streams
 from nerve.measuring.choice import Choice, call_probed
 from nerve.measuring.ffns import FFN
-from nerve.measuring.forward import evaluating
+from nerve.measuring.forward import call_as_taken, evaluating
 from nerve.measuring.processes import n_processes, rank
 from nerve.recording.recorder import Recorder
 from nerve.recording.run import RecordedRun
@@ -156,9 +156,11 @@ class WatchedLoop:
             else partial(_streams, inner, ffns, batches[0], forward),
         )
 
+        runs = forward if batches is not None else call_as_taken
+
         def run(batch: Any) -> object:
             with evaluating(inner, recorder.probe):
-                return call_probed(recorder.probe, forward, inner, batch)
+                return call_probed(recorder.probe, runs, inner, batch)
 
         choice = choose(inner, recorder.probe, run)
         if batches is None:

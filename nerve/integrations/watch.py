@@ -49,7 +49,7 @@ def watch(
     """Measures a model's FFNs at steps 0, k, 2k, … of a training loop, and records the run.
 
     ```
-    with nerve.watch(model, "outputs/mine", every_n_steps=100, config={"lr": lr}) as run:
+    with nerve.watch(model, "outputs/mine", config={"lr": lr}, heldout=val_batches) as run:
         for inputs, targets in batches:
             ...
             optimizer.step()
@@ -77,7 +77,8 @@ def watch(
             own: `{"a.b": 1, "a": {"b": 2}}` is refused.
         optimizer: provides the learning rate of the rows; null without it, or if its groups differ.
         heldout: batches to measure instead of the training batches; with several processes, each
-            gives its own part.
+            gives its own part. Without them there is no validation loss, and comparisons of runs
+            leave the run out (flag `no loss` of `nerve.flag_runs`).
         forward: runs the model on a held-out batch; by default `model(batch)`, or `model(**batch)`
             for a mapping. If the result has a `loss`, it is the validation loss, weighted by
             `n_targets` if the result has that, too.
@@ -205,7 +206,7 @@ def watched(
         exclude=recorded_config["monitor"]["exclude"],
         only_labeled=only_labeled,
         skip_first=chosen.skip_first,
-        is_grouped=bool(chosen.groups),
+        groups=chosen.groups,
     )
     inner = unwrapped(model)
     if ffns is None:

@@ -18,7 +18,8 @@ from nerve.measuring.given import require_model
 from nerve.measuring.link import Link
 from nerve.measuring.places import Place, Tree
 from nerve.measuring.slices import stacked
-from nerve.measuring.trial import Seen, look_at, tensors_of
+from nerve.measuring.streams import tensors_of
+from nerve.measuring.trial import Seen, look_at
 
 _SHOWN = 6
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nerve.derived import outliers
 from nerve.measuring.around import find_streams, sites_around
-from nerve.measuring.choice import Choice, call_probed
+from nerve.measuring.choice import Choice, call_measured, call_probed
 from nerve.measuring.eigenproblem import FFNSpectra, GroupSpectrum
 from nerve.measuring.ffns import FFN, sites_of
 from nerve.measuring.find import find_ffns
@@ -136,13 +136,12 @@ def _run(
         return call_probed(probe, how.forward, model, batch)
 
     counted = (how.mask, how.exclude, how.only_labeled)
-    is_grouped = bool(how.grouped.groupings)
-    choice = Choice(model, probe, run, *counted, how.skip_first, is_grouped)
+    choice = Choice(model, probe, run, *counted, how.skip_first, how.grouped.groupings)
     probe.install()
     try:
         for batch in batches:
             measurement.start(choice.of(batch))
-            output = run(batch)
+            output = call_measured(probe, choice, how.forward, model, batch)
             measurement.finish_forward()
             give(batch, output)
         measurement.require_positions()

@@ -204,7 +204,7 @@ class Probe:
         times, pending, unchanged = Counter(self._times), {*self._before}, [*self._unchanged]
         self._following.finish_forward()
         self._forget()
-        for index in (index for index, is_so in unchanged if not is_so):
+        for index in (index for index, is_same in unchanged if not is_same):
             raise self._modified(index)
         for index, ffn in enumerate(self.ffns):
             promised = n_runs_of(ffn)

@@ -15,9 +15,9 @@ from nerve.measuring.masks import Masks
 from nerve.recording.digest import Digest
 from nerve.recording.measured_run import OWN
 from nerve.recording.settings import MonitorSettings
-from nerve.sites_and_groups import AROUND, GROUPS
+from nerve.sites_and_groups import AROUND, GROUPINGS
 from nerve.storage.record import RunRecord
-from nerve.storage.schema import METRICS
+from nerve.storage.schema import METRICS_SCHEMA
 
 
 def check_stored(
@@ -45,7 +45,7 @@ def check_stored(
         spectra in (True, False, "auto"), f"spectra must be true, false or 'auto'; got {spectra!r}."
     )
     require(not resume or into is not None, "resume=True continues the run in into=; got none.")
-    for name, each, options in (("groups", groups, GROUPS), ("sites", sites, AROUND)):
+    for name, each, options in (("groups", groups, GROUPINGS), ("sites", sites, AROUND)):
         require_several(name, each, options)
     require(
         into is not None or not (groups or sites),
@@ -73,7 +73,7 @@ def check_labels(
         "Give into=, or leave them out.",
     )
     recorded = {field.name for field in fields(RunRecord)} - {"seed"}
-    taken = sorted(labels.keys() & {*OWN, *METRICS.names, *recorded})
+    taken = sorted(labels.keys() & {*OWN, *METRICS_SCHEMA.names, *recorded})
     require(
         not taken,
         f"labels must not have the names {', '.join(OWN)}, those of columns of nerve.load_metrics, "

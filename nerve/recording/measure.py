@@ -70,10 +70,11 @@ def measure(
             several passes, they are iterated more than once and therefore kept in memory.
         into: a new run directory, where the results are stored in the same format as those of a
             training run, with the validation loss if the model returns a `loss` (weighted by
-            `n_targets` if it returns that, too). The configuration of the run has `model`, the
-            model's own configuration or its class; `weights` (per step), `batches` and `masks` (of
-            `mask`), digests; and `measure`, the arguments, with the layers and names of `ffns`.
-            What `forward` does is not recorded. `tokens_seen` is 0, since it is unknown.
+            `n_targets` if it returns that, too); comparisons leave out runs without a loss. The
+            configuration of the run has `model`, the model's own configuration or its class;
+            `weights` (per step), `batches` and `masks` (of `mask`), digests; and `measure`, the
+            arguments, with the layers and names of `ffns`. What `forward` does is not recorded.
+            `tokens_seen` is 0, since it is unknown.
         step: the training step of a single model that is stored with `into`.
         labels: further properties of the run, by name; they become columns of `nerve.load_runs` and
             identify the run with the arguments. A `seed`, if it is an integer, is the seed of the

@@ -16,7 +16,7 @@ from nerve.config import (
 )
 from nerve.errors import ConfigError
 from nerve.measuring.projection import PROJECTED
-from nerve.sites_and_groups import AROUND, GROUPS
+from nerve.sites_and_groups import AROUND, GROUPINGS
 
 GROUP = "monitor"
 """The group of the settings in the configuration of nerve-run."""
@@ -114,7 +114,7 @@ class MonitorSettings:
         )
         require_shortcut("monitor.shortcut", self.shortcut)
         require_count("monitor.skip_first", self.skip_first, least=0)
-        require_several("monitor.groups", self.groups, GROUPS)
+        require_several("monitor.groups", self.groups, GROUPINGS)
         require_several("monitor.sites", self.sites, AROUND)
         require_count("monitor.groups_every", self.groups_every)
 

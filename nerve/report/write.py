@@ -228,7 +228,9 @@ def _save_table(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
             clean[name] = _one_type(clean[name])
     clean.columns = [_text(str(name)) for name in clean.columns]
     clean.to_csv(path.with_name(f"{path.name}.csv"), index=False)
-    clean.to_parquet(path.with_name(f"{path.name}.parquet"), index=False, compression="zstd")
+    # pandas refuses the name of a file whose bytes are not valid UTF-8.
+    with open(path.with_name(f"{path.name}.parquet"), "wb") as file:
+        clean.to_parquet(file, index=False, compression="zstd")
     return clean
 
 

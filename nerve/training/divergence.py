@@ -37,7 +37,7 @@ class Divergence:
             steps, losses = zip(*self._losses, strict=True)
             self._losses.clear()
             are_finite = torch.stack(losses).isfinite().tolist()
-            bad = [step for step, is_so in zip(steps, are_finite, strict=True) if not is_so]
+            bad = [step for step, is_finite in zip(steps, are_finite, strict=True) if not is_finite]
             self._first = min([self._first, *bad])
         return self._first
 

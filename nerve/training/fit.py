@@ -18,7 +18,7 @@ from nerve.errors import ConfigError, MeasurementError
 from nerve.measuring.choice import Choice, call_probed
 from nerve.measuring.ffns import declared_widths, sites_of
 from nerve.measuring.find import find_ffns
-from nerve.measuring.forward import call, evaluating
+from nerve.measuring.forward import call_as_taken, evaluating
 from nerve.measuring.found import FoundFFNs
 from nerve.measuring.masks import Masks
 from nerve.measuring.messages import gathered
@@ -172,11 +172,11 @@ def choice_of(
 
     def run(batch: Any) -> object:
         with evaluating(model, probe):
-            return call_probed(probe, call, model, batch)
+            return call_probed(probe, call_as_taken, model, batch)
 
     mask = getattr(module, "padding_mask", None) if mask is None else mask
-    skip_first, is_grouped = settings.skip_first, bool(settings.groups)
-    return Choice(model, probe, run, mask, tuple(exclude), only_labeled, skip_first, is_grouped)
+    skip_first, groups = settings.skip_first, settings.groups
+    return Choice(model, probe, run, mask, tuple(exclude), only_labeled, skip_first, groups)
 
 
 def _holder(module: L.LightningModule, probe: Probe) -> nn.Module:

@@ -19,7 +19,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from nerve.errors import ConfigError, NotGatheredError
 from nerve.measuring.departures import Exit
-from nerve.training.signals import STOPPING, StopSignals
+from nerve.training.signals import STOP_SIGNALS, StopSignals
 
 ENDS_WITHIN_S = 5.0
 """How long a process may take to end when it is asked to; then it is killed."""
@@ -111,7 +111,7 @@ def exit_of(status: int) -> Exit:
     how = f"ended with status {status}"
     if status < 0:
         how = f"was killed by {known.get(-status, f'signal {-status}')}"
-    return Exit(how, any(status in (-each, 128 + each) for each in STOPPING))
+    return Exit(how, any(status in (-each, 128 + each) for each in STOP_SIGNALS))
 
 
 def take_ctrl_c() -> None:

@@ -16,11 +16,11 @@ from nerve.errors import NotGatheredError, StoppedError
 
 log = logging.getLogger(__name__)
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Sent by a user, by a dropped connection, or by a batch system before it preempts a job or its
 time limit is reached."""
 
-TO_BE_GONE_ON_WITH = os.EX_TEMPFAIL
+RESUMABLE_EXIT_STATUS = os.EX_TEMPFAIL
 """The exit status of a run that stopped before its end without a signal, and can be resumed."""
 
 SLURM_KILLS_WITHIN_S = 30.0
@@ -32,7 +32,7 @@ SLURM_IS_LATE_BY_S = 10.0
 
 SLURM_ANSWERS_WITHIN_S = 10.0
 
-SLURM_ASKED_EVERY_S = 10.0
+SLURM_POLL_S = 10.0
 
 SLURM_ENDS = re.compile(
     r"\bJobState=(PREEMPTED|REQUEUE\w*|CANCELLED|COMPLETING)\b|\bPreemptTime=\d"
@@ -51,7 +51,7 @@ class Interrupted(SystemExit):
     """
 
     def __init__(
-        self, reason: str, code: int = TO_BE_GONE_ON_WITH, *, at_once: bool = False
+        self, reason: str, code: int = RESUMABLE_EXIT_STATUS, *, at_once: bool = False
     ) -> None:
         super().__init__(code)
         self._reason = reason
@@ -185,7 +185,7 @@ class StopSignals(SignalsHandled):
             _wait_for_kill(job)
 
     def _signums(self) -> Iterable[int]:
-        return STOPPING if threading.current_thread() is threading.main_thread() else ()
+        return STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         is_second = signum == signal.SIGINT and signum in self._received
@@ -205,13 +205,13 @@ class StopSignals(SignalsHandled):
 def _wait_for_kill(job: str) -> None:
     """Waits while SLURM reports that it is ending `job`; returns at once if SIGTERM came from
     elsewhere."""
-    told = _asked("scontrol", "show", "job", job)
-    if SLURM_ENDS.search(told):
+    output = _output_of("scontrol", "show", "job", job)
+    if SLURM_ENDS.search(output):
         log.warning("waiting for SLURM to kill this job, so that it requeues the job")
-        until = time.monotonic() + _kills_within_s(told) + SLURM_IS_LATE_BY_S
-        while time.monotonic() < until and SLURM_ENDS.search(told):
-            time.sleep(SLURM_ASKED_EVERY_S)
-            told = _asked("scontrol", "show", "job", job)
+        until = time.monotonic() + _kills_within_s(output) + SLURM_IS_LATE_BY_S
+        while time.monotonic() < until and SLURM_ENDS.search(output):
+            time.sleep(SLURM_POLL_S)
+            output = _output_of("scontrol", "show", "job", job)
 
 
 def _kills_within_s(job: str) -> float:
@@ -221,29 +221,29 @@ def _kills_within_s(job: str) -> float:
     Args:
         job: the output of `scontrol show job`.
     """
-    kill = re.search(r"\bKillWait\s*=\s*(\d+)", _asked("scontrol", "show", "config"))
+    kill = re.search(r"\bKillWait\s*=\s*(\d+)", _output_of("scontrol", "show", "config"))
     wait_s = float(kill[1]) if kill else SLURM_KILLS_WITHIN_S
     if not re.search(r"PREEMPTED|PreemptTime=\d", job):
         return wait_s
     graces = [0.0]
     if partition := re.search(r"\bPartition=(\S+)", job):
-        told = _asked("scontrol", "show", "partition", partition[1])
-        graces += [float(s) for s in re.findall(r"\bGraceTime=(\d+)", told)]
+        output = _output_of("scontrol", "show", "partition", partition[1])
+        graces += [float(s) for s in re.findall(r"\bGraceTime=(\d+)", output)]
     if qos := re.search(r"\bQOS=(\S+)", job):
-        told = _asked("sacctmgr", "-nP", "show", "qos", qos[1], "format=GraceTime")
-        graces += [3600 * float(h) + 60 * float(m) + float(s) for h, m, s in _CLOCK.findall(told)]
+        output = _output_of("sacctmgr", "-nP", "show", "qos", qos[1], "format=GraceTime")
+        graces += [3600 * float(h) + 60 * float(m) + float(s) for h, m, s in _CLOCK.findall(output)]
     return wait_s + max(graces)
 
 
 _CLOCK = re.compile(r"^(\d+):(\d+):(\d+)$", re.MULTILINE)
 
 
-def _asked(*command: str) -> str:
+def _output_of(*command: str) -> str:
     """The output of a SLURM command; empty if it fails to answer."""
     try:
-        told = subprocess.run(
+        output = subprocess.run(
             command, capture_output=True, text=True, timeout=SLURM_ANSWERS_WITHIN_S
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return told.stdout
+    return output.stdout

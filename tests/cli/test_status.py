@@ -274,12 +274,16 @@ def test_a_damaged_file_is_named_and_other_runs_are_shown(new_run, status, name)
 
 def test_names_that_are_not_valid_text_are_shown(new_run, status, monkeypatch):
     """On a terminal or in a file whose encoding lacks these characters and dashes."""
-    new_run(os.fsdecode(b"caf\xe9")).finish("done")
+    new_run(os.fsdecode(b"caf\xe9"), os.fsdecode(b"data.corpus.paths=\xe9.txt")).finish("done")
+    new_run("other", "data.corpus.paths=a.txt").finish("done")
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
     monkeypatch.setattr(sys, "argv", ["nerve-status", "sweep"])
     main()
     sys.stdout.flush()
-    assert b"sweep/caf\\udce9" in sys.stdout.buffer.getvalue()
+    shown = sys.stdout.buffer.getvalue()
+    assert b"sweep/caf\\udce9" in shown
+    assert b"data.corpus.paths=\\udce9.txt" in shown
+    assert b"Restore" not in shown
 
 
 def test_without_a_run_there_is_one_message(tmp_path, monkeypatch, capsys):

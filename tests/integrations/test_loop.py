@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 import nerve
 from nerve.errors import ConfigError, MeasurementError, StoreError
 from nerve.integrations import features
+from nerve.measuring.arguments import batch_of
 from nerve.measuring.tap import Hook
 
 N_STEPS = 7
@@ -502,7 +503,7 @@ def test_arguments_by_position_that_name_no_tokens_stay_a_tuple():
         def forward(self, x: Tensor, y: Tensor, *rest: Tensor) -> Tensor:
             return x
 
-    assert features.batch_of(Two(), (x, y, x), {}, by_name=True) == (x, y, x)
+    assert batch_of(Two(), (x, y, x), {}, by_name=True) == (x, y, x)
 
 
 def test_a_wrapper_may_pass_on_something_else():
@@ -512,7 +513,7 @@ def test_a_wrapper_may_pass_on_something_else():
 
     ids, mask = torch.zeros(2, 3), torch.ones(2, 3)
     given = (ids, 5, 7), {"attention_mask": mask}
-    batch = features.batch_of(Counting(nn.Linear(3, 3)), *given)
+    batch = batch_of(Counting(nn.Linear(3, 3)), *given)
     assert batch == {"inputs": (ids, 5, 7), "attention_mask": mask}
 
 
@@ -523,7 +524,7 @@ def test_further_arguments_by_name_are_entries_of_the_batch():
 
     ids, mask = torch.zeros(2, 3), torch.ones(2, 3)
     for module in (Open(), PassingOn(Open())):
-        batch = features.batch_of(module, (ids,), {"attention_mask": mask})
+        batch = batch_of(module, (ids,), {"attention_mask": mask})
         assert batch.keys() == {"input_ids", "attention_mask"}
         assert batch["attention_mask"] is mask
 

@@ -11,14 +11,12 @@ from torch import nn
 from nerve.cli.config.compose import build
 from nerve.cli.experiment.trainer import TrainerPlan
 from nerve.config import from_mapping, require, require_count, require_path, require_type
+from nerve.metric_names import SAMPLES_PER_DIMENSION
 from nerve.models import MODELS, Skeleton, model_design
 from nerve.models.gpt import GPTConfig
 from nerve.models.mixer import MixerConfig
 from nerve.optim import Part, Schedule, check_parts
 from nerve.recording.settings import MonitorSettings
-
-SAMPLES_PER_DIMENSION = 8
-"""`monitor.n_tokens=auto` measures this many tokens per dimension of the widest FFN (N/D)."""
 
 _OPTIMIZER_NUMBERS = (
     "lr",
@@ -39,8 +37,8 @@ _LISTS_OF_PATHS = ("corpus.paths", "corpus.roots")
 
 @dataclass(frozen=True)
 class MonitorPlan(MonitorSettings):
-    """What is measured, and the number of held-out tokens: a number, or `auto`, which is derived
-    from the width of the widest FFN."""
+    """What is measured, and the number of held-out tokens: a number, or `auto` for
+    `SAMPLES_PER_DIMENSION` times the d_ff of the widest FFN."""
 
     n_tokens: int | str = "auto"
 

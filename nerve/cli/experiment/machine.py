@@ -19,7 +19,7 @@ from nerve.cli.experiment.trainer import n_devices_of
 from nerve.config import require
 from nerve.measuring.projection import PROJECTED
 from nerve.optim import Dion, parameter_roles
-from nerve.sites_and_groups import GROUPS
+from nerve.sites_and_groups import GROUPINGS
 from nerve.storage.provenance import nvidia_driver
 from nerve.training.gathering import Gathering
 from nerve.training.launching import environment_of
@@ -165,7 +165,7 @@ def _n_covariances(plan: Plan) -> int:
     """Number of matrix entries for all measured FFNs: pre and post, their groups, and the sites
     around them."""
     total, monitor = 0, plan.monitor
-    n_groups = sum(len(GROUPS[name]) for name in monitor.groups) + bool(monitor.groups)
+    n_groups = sum(len(GROUPINGS[name]) for name in monitor.groups) + bool(monitor.groups)
     for d_in, width in plan.model.ffn_widths:
         # Of 16-bit features pre itself is taken, not the input, unless it is to be projected.
         is_exact = plan.trainer.has_exact_features or monitor.shortcut == PROJECTED

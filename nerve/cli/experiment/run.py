@@ -13,6 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from nerve import cores
+from nerve.cli.console import print_all_letters
 from nerve.cli.directories import SingleRunDirectory, TrialDirectory
 from nerve.cli.experiment.build import (
     build_data,
@@ -24,6 +25,7 @@ from nerve.cli.experiment.build import (
     describe,
     log_configuration,
     scale_pre_activations,
+    warn_of_narrow_inputs,
 )
 from nerve.cli.experiment.machine import (
     check_machine,
@@ -68,6 +70,7 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
         NerveError: for errors that the user can fix; a run that had begun is recorded as failed.
         Interrupted: when a signal asked it to stop; it is recorded as interrupted.
     """
+    print_all_letters()  # Hydra's handler logs to stdout
     plan = Plan.of(config)
     # What launches processes may say why it ends all of them.
     for name in ("lightning.fabric.utilities", "lightning.pytorch"):
@@ -183,6 +186,7 @@ def _run(
     if record and store:
         _prepare(run, record, store, data)
         describe(record, module, data, trainer, pre_scales)
+        warn_of_narrow_inputs(plan, saving.data_dims)
     log_configuration(trainer, plan)
     gathering.before(trainer)
     try:

@@ -14,11 +14,11 @@ from nerve.config import require_count, require_path, require_several
 from nerve.measuring.found import FoundFFNs
 from nerve.measuring.groups import NOT_GROUPED, Grouped
 from nerve.measuring.passes import bytes_of
-from nerve.sites_and_groups import AROUND, GROUPS
+from nerve.sites_and_groups import AROUND, GROUPINGS
 
 
 @dataclass(frozen=True)
-class Asked:
+class ProbeArguments:
     """The arguments of the command; None leaves a choice to the model.
 
     Attributes:
@@ -63,7 +63,7 @@ class Asked:
             for path in given:
                 require_path(name, path)
         least = {"n_tokens": 1, "seq_len": 2, "batch_size": 1, "skip_first": 0}
-        require_several("--groups", self.groups or (), GROUPS)
+        require_several("--groups", self.groups or (), GROUPINGS)
         require_several("--sites", self.sites or (), AROUND)
         if self.memory is not None:
             bytes_of(self.memory)

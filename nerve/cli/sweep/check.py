@@ -17,7 +17,7 @@ from nerve.cli.config.overrides import refuse_merged
 from nerve.cli.console import console, fail, say
 from nerve.cli.directories import SingleRunDirectory
 from nerve.cli.sweep.grid import Trial
-from nerve.cli.sweep.table import SweepError, counted, found_of, n_trials
+from nerve.cli.sweep.table import SweepError, counted, label_before, n_trials
 from nerve.config import require
 from nerve.errors import NerveError
 
@@ -141,7 +141,7 @@ def preview(folder: Path, trials: Sequence[Trial]) -> None:
             str(trial.number),
             " ".join(each for each in trial.overrides if not each.startswith("check="))
             or "no overrides",
-            found_of(trial),
+            label_before(trial),
             "–" if n is None else f"{n:,}",
             "–" if memory is None else _size(memory),
         )

@@ -623,7 +623,7 @@ def test_a_job_that_ended_before_its_trial_began_is_reported(sweep, monkeypatch)
         "hydra.core.plugins.Plugins.instantiate_launcher", lambda self, **given: StartsNone()
     )
     monkeypatch.setattr(
-        "nerve.cli.sweep.slurm.SentJobs.ended",
+        "nerve.cli.sweep.slurm.SubmittedJobs.ended",
         lambda self, override: f"its job ended, with TIMEOUT ({override[:19]})",
     )
     _, _, err = sweep("seed=0,1", "hydra/launcher=basic", "hydra.launcher._target_=elsewhere")
