@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
 
 from nerve.errors import noted
 from nerve.measuring.ffns import FFN
@@ -14,6 +15,7 @@ from nerve.measuring.masks import Masks
 from nerve.recording.given import watched_config
 from nerve.recording.run import RecordedRun, device_name, recorded_run, seed_of
 from nerve.recording.settings import MonitorSettings
+from nerve.training.fit import warn_of_intervals
 from nerve.training.monitor import FitMonitor
 
 
@@ -131,6 +133,8 @@ class SpectralMonitor(FitMonitor):
         self._recorded: RecordedRun | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            warn_of_intervals(trainer)
         super().setup(trainer, pl_module, stage)
         # Later, a strategy may have sharded them.
         self._n_parameters = sum(parameter.numel() for parameter in pl_module.parameters())
