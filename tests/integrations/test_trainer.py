@@ -634,7 +634,7 @@ def test_a_model_without_a_loss_of_its_own_is_measured(tmp_path, form):
 
 
 def test_invalid_arguments_are_refused_before_training(tmp_path):
-    with pytest.raises(ConfigError, match="^source must be one of heldout, train"):
+    with pytest.raises(ConfigError, match=r"^source must be one of heldout, train"):
         nerve.SpectralCallback(tmp_path, source="eval")
     with pytest.raises(ConfigError, match="mask must be a function"):
         nerve.SpectralCallback(tmp_path, mask=torch.ones(3))
