@@ -35,13 +35,13 @@ class MeasuredRun:
     """
 
     def __init__(
-        self, recorded: RecordedRun, asked: Mapping[str, Any], spectra: bool | str
+        self, recorded: RecordedRun, requested: Mapping[str, Any], spectra: bool | str
     ) -> None:
         self._record = recorded.record
         self._writer = SpectraWriter(recorded.store, (), spectra)
-        self._own_model = "model" not in asked
+        self._own_model = "model" not in requested
         known = recorded.record.config
-        self._config = {**asked, **{key: known[key] for key in _FOUND if key in known}}
+        self._config = {**requested, **{key: known[key] for key in _FOUND if key in known}}
 
     @property
     def steps(self) -> dict[int, str]:
@@ -113,7 +113,7 @@ class Measured(NamedTuple):
     is_done: bool = False
 
 
-def measured_of(run: RunDirectory, asked: Mapping[str, Any]) -> Measured:
+def measured_of(run: RunDirectory, requested: Mapping[str, Any]) -> Measured:
     """What a directory holds of the requested run.
 
     Raises:
@@ -122,7 +122,7 @@ def measured_of(run: RunDirectory, asked: Mapping[str, Any]) -> Measured:
     record = run.record
     if record is None:
         return Measured({})
-    different = differences(_asked_of(record.config, asked), asked)
+    different = differences(_requested_part(record.config, requested), requested)
     if different:
         names = ", ".join(different[:_MOST_SHOWN])
         if len(different) > _MOST_SHOWN:
@@ -135,9 +135,9 @@ def measured_of(run: RunDirectory, asked: Mapping[str, Any]) -> Measured:
     return Measured(_steps_of(record.config), record.started, record.run_status == "done")
 
 
-def _asked_of(config: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+def _requested_part(config: Mapping[str, Any], requested: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without the keys that the run fills in itself."""
-    return {key: value for key, value in config.items() if key in asked or key not in _FOUND}
+    return {key: value for key, value in config.items() if key in requested or key not in _FOUND}
 
 
 def _steps_of(config: Mapping[str, Any]) -> dict[int, str]:
@@ -148,7 +148,7 @@ def _steps_of(config: Mapping[str, Any]) -> dict[int, str]:
 @contextmanager
 def measured_run(
     directory: str | os.PathLike[str],
-    asked: Mapping[str, Any],
+    requested: Mapping[str, Any],
     spectra: bool | str,
     *,
     resume: bool,
@@ -158,7 +158,7 @@ def measured_run(
 
     Args:
         directory: the run directory.
-        asked: the part of the configuration that is known in advance.
+        requested: the part of the configuration that is known in advance.
         spectra: whether eigenvalues are stored, as in `SpectraWriter`.
         resume: whether to continue an existing run. Otherwise a run that has measured something is
             refused.
@@ -169,17 +169,17 @@ def measured_run(
     """
     known = RunDirectory(directory).record
     found = {} if known is None else known.config
-    config = {**{key: found[key] for key in _FOUND if key in found}, **asked}
+    config = {**{key: found[key] for key in _FOUND if key in found}, **requested}
     with recorded_run(
-        directory, config, goes_on=resume, goes_on_with="resume=True", **first
+        directory, config, resume=resume, how_to_resume="resume=True", **first
     ) as run:
         if run is None:
             yield None
             return
         if not resume:
             run.store.truncate_after(-1)
-            run.record.update(config=dict(asked))
-        yield MeasuredRun(run, asked, spectra)
+            run.record.update(config=dict(requested))
+        yield MeasuredRun(run, requested, spectra)
 
 
 def _config_of(model: nn.Module) -> Any:

@@ -49,8 +49,8 @@ def recorded_run(
     directory: str | os.PathLike[str],
     config: Mapping[str, Any],
     *,
-    goes_on: bool,
-    goes_on_with: str,
+    resume: bool,
+    how_to_resume: str,
     **first: Any,
 ) -> Iterator[RecordedRun | None]:
     """Records a run within the block; yields None in processes that do not record: of several, all
@@ -64,9 +64,9 @@ def recorded_run(
     Args:
         directory: the run directory.
         config: what distinguishes runs.
-        goes_on: whether the caller has the state of a checkpoint. Without one, an existing run that
+        resume: whether the caller has the state of a checkpoint. Without one, an existing run that
             has not ended starts over, unless it has stored measurements.
-        goes_on_with: how the caller's user says so, for messages: `resume=True`.
+        how_to_resume: how the caller's user says so, for messages: `resume=True`.
         first: fields of a new run's record.
 
     Raises:
@@ -77,7 +77,7 @@ def recorded_run(
     """
     with ExitStack() as stack:
         try:
-            run = _opened(stack, RunDirectory(directory), config, goes_on, goes_on_with, first)
+            run = _opened(stack, RunDirectory(directory), config, resume, how_to_resume, first)
             yield run
             if run is not None:
                 run.store.compact()
@@ -91,8 +91,8 @@ def _opened(
     stack: ExitStack,
     run: RunDirectory,
     config: Mapping[str, Any],
-    goes_on: bool,
-    goes_on_with: str,
+    resume: bool,
+    how_to_resume: str,
     first: Mapping[str, Any],
 ) -> RecordedRun | None:
     """What rank 0 has opened; an error there is raised in all processes. An error that ends `stack`
@@ -101,8 +101,8 @@ def _opened(
     if rank() == 0:
         try:
             stack.enter_context(run.locked())
-            if not goes_on:
-                _require_unmeasured(run, config, goes_on_with)
+            if not resume:
+                _require_unmeasured(run, config, how_to_resume)
             record = _begun(run, config, first)
             stack.push(partial(_record_end, record))
             store = run.store()
@@ -110,13 +110,13 @@ def _opened(
             opened = RecordedRun(record, store, stack.enter_context(Heartbeat(record)))
         except (ConfigError, StoreError) as error:
             refused = error
-    told = gathered(None if refused is None else str(refused))[0]
-    if told is not None:
-        raise refused or StoreError(told)
+    message = gathered(None if refused is None else str(refused))[0]
+    if message is not None:
+        raise refused or StoreError(message)
     return opened
 
 
-def _require_unmeasured(run: RunDirectory, config: Mapping[str, Any], goes_on_with: str) -> None:
+def _require_unmeasured(run: RunDirectory, config: Mapping[str, Any], how_to_resume: str) -> None:
     """Raises `StoreError` if the directory holds a run that starting over would erase: one that is
     done, or has stored measurements."""
     run.require_same(config)
@@ -128,7 +128,7 @@ def _require_unmeasured(run: RunDirectory, config: Mapping[str, Any], goes_on_wi
     raise StoreError(
         f"What a run has measured is not overwritten; {run.path} holds a run that is {run.state}, "
         f"with {n_steps} measured step{'' if n_steps == 1 else 's'}. Continue it with "
-        f"{goes_on_with}, choose another directory, or delete that one."
+        f"{how_to_resume}, choose another directory, or delete that one."
     )
 
 

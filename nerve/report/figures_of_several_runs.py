@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from nerve.analysis.factors import levels_of, ordered_levels
-from nerve.metric_names import Place, columns_of, metric_of, shown_in
+from nerve.metric_names import View, columns_of, metric_of, shown_in
 from nerve.report.style import (
     DASHES,
     FLAGGED_COLOR,
@@ -40,9 +40,9 @@ from nerve.sites_and_groups import SITES
 MAX_LINES = 40
 
 
-def _split(place: Place) -> tuple[list[str], list[str], list[str]]:
-    """The columns shown in a place: those of pre, those of post, and those without a site."""
-    metrics = shown_in(place)
+def _split(view: View) -> tuple[list[str], list[str], list[str]]:
+    """The columns shown in a view: those of pre, those of post, and those without a site."""
+    metrics = shown_in(view)
     pre, post = ([metric.at(site) for metric in metrics if metric.has_sites] for site in SITES)
     return pre, post, [metric.column for metric in metrics if not metric.has_sites]
 

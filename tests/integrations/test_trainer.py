@@ -377,8 +377,8 @@ def test_groups_by_frequency_need_the_counts_of_the_tokens(tmp_path):
     evaluated(tmp_path / "run", groups=["frequency"], token_counts=counts)
     groups = nerve.load_groups(tmp_path / "run")
     assert {*groups["group"]} == {"all", "head", "mid", "tail"}
-    with pytest.raises(MeasurementError, match="frequency need token_counts"):
-        evaluated(tmp_path / "other", groups=["frequency"])
+    with pytest.raises(ConfigError, match="frequency need token_counts"):
+        nerve.SpectralCallback(tmp_path / "other", groups=["frequency"])
 
 
 def test_an_evaluation_on_tokens_is_measured_despite_inspection_and_generation(tmp_path):

@@ -26,9 +26,9 @@ ROW = {
 
 
 def opened(
-    directory: Path, *, goes_on: bool = False, **config: object
+    directory: Path, *, resume: bool = False, **config: object
 ) -> AbstractContextManager[RecordedRun | None]:
-    return recorded_run(directory, config, goes_on=goes_on, goes_on_with="again=True")
+    return recorded_run(directory, config, resume=resume, how_to_resume="again=True")
 
 
 def measure(recorded: RecordedRun, *steps: int) -> None:
@@ -86,7 +86,7 @@ def test_a_run_that_raises_while_its_rows_are_compacted_says_how_it_ended(
         with pytest.raises(type(error)), opened(tmp_path) as recorded:
             measure(recorded, 0, 1)
     assert ended_with(tmp_path) == (status, type(error).__name__)
-    with opened(tmp_path, goes_on=True):
+    with opened(tmp_path, resume=True):
         pass
     assert ended_with(tmp_path) == ("done", None)
 
@@ -161,7 +161,7 @@ def test_what_a_run_has_measured_is_not_erased_by_starting_over(tmp_path, state,
     ):
         pass
     assert RunRecord.load(tmp_path) == before
-    with opened(tmp_path, goes_on=True) as recorded:
+    with opened(tmp_path, resume=True) as recorded:
         assert recorded.record.run_id == before.run_id
         assert recorded.record.restarts == 1
 
@@ -183,9 +183,9 @@ def test_a_run_that_has_measured_nothing_starts_over_unless_it_is_done(tmp_path)
 def test_a_run_of_another_configuration_is_not_continued_by_anyone(tmp_path):
     with opened(tmp_path, lr=1) as recorded:
         measure(recorded, 0)
-    for goes_on in (False, True):
+    for resume in (False, True):
         with (
             pytest.raises(StoreError, match=r"other values of lr \(1, now 2\)"),
-            opened(tmp_path, lr=2, goes_on=goes_on),
+            opened(tmp_path, lr=2, resume=resume),
         ):
             pass
