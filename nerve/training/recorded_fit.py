@@ -158,7 +158,7 @@ class SpectralMonitor(FitMonitor):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if self._recorded is not None:
-            # A run that goes on has values of the end that it abandons.
+            # A resumed run still has the final values of the end that it abandons.
             self._recorded.record.update(step=self._updates.n, final={})
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
