@@ -83,6 +83,17 @@ OF_CHANNELS = "token_mixing"
 _NEEDED = ("largest_share", "top_share", "position_ratio", "pr")
 
 
+def sampling(rows: pd.DataFrame) -> pd.Series:
+    """The verdict on each row of metrics by N/D, one of `VERDICTS`; NaN if nothing was measured.
+
+    Args:
+        rows: has `n_samples`, `d_ff` and `status`.
+    """
+    columns = {name: rows[name].to_numpy() for name in ("n_samples", "d_ff")}
+    codes = sampling_codes(columns, (rows["status"] == "ok").to_numpy())
+    return pd.Series(np.array([*VERDICTS, np.nan], object)[codes], rows.index, object)
+
+
 def sampling_codes(columns: Columns, is_measured: np.ndarray) -> np.ndarray:
     """The verdict on each row of metrics by N/D, as its index in `VERDICTS`; -1 if nothing was
     measured.

@@ -25,11 +25,12 @@ from nerve.integrations.open_run import OpenRun
 from nerve.integrations.trainer_states import TrainerStates
 from nerve.integrations.watch import watched
 from nerve.measuring.ffns import FFN
-from nerve.measuring.given import check_given, require_mapping
+from nerve.measuring.given import check_given, explicit
 from nerve.measuring.masks import Masks
 from nerve.measuring.messages import gathered
 from nerve.measuring.processes import n_processes
-from nerve.recording.settings import settings_of
+from nerve.recording.given import check_token_counts, watched_config
+from nerve.recording.settings import MonitorSettings
 from nerve.recording.writer import is_measured, monitored_values
 from nerve.storage.directory import RunDirectory
 
@@ -68,47 +69,75 @@ class SpectralCallback(TrainerCallback):
 
     Args:
         directory: the run directory.
-        every_n_steps: updates between measurements; None if `steps` gives all of them.
-        source: `train` or `heldout`.
-        config, mask, exclude, only_labeled, ffns, token_counts: as in `nerve.watch`; groups by
-            frequency require `token_counts`.
-        settings: `steps`, `spectra`, `layers`, `shortcut`, `skip_first`, `groups`, `groups_every`,
-            `sites`, as in `nerve.watch`; a residual stream that the model does not declare is not
-            looked for.
+        every_n_steps, steps: as in `nerve.watch`; the Trainer says which step is the last.
+        source: `train` or `heldout`; the default needs no evaluation, which takes time and requires
+            an eval_dataset.
+        token_counts: as in `nerve.watch`; groups by frequency require it.
+        others: as in `nerve.watch`; a residual stream that the model does not declare is not looked
+            for.
 
     Raises:
-        ConfigError: for a setting that is out of range.
+        ConfigError: for a setting that is out of range, or an argument of the wrong kind.
+        StoreError: if the directory holds something that is not the record of a run.
 
     When training begins, it raises the errors of `nerve.watch`.
     """
 
+    @explicit(
+        heldout='Give source="heldout", and the Trainer an eval_dataset.',
+        select="Give ffns=nerve.find_ffns(model, batch, select=…).",
+        labels="Give config=, which distinguishes your runs.",
+        **dict.fromkeys(("optimizer", "forward", "resume", "last_step"), "The Trainer has it."),
+    )
     def __init__(
         self,
         directory: str | os.PathLike[str],
         *,
-        every_n_steps: int | None = 100,
+        every_n_steps: int | None = MonitorSettings.every_n_steps,
+        steps: Sequence[int] | str | None = None,
         source: str = "train",
         config: Mapping[str, Any] | None = None,
+        fingerprints: Mapping[str, str] | None = None,
         mask: Callable[[Any], Masks] | None = None,
         exclude: Collection[int] = (),
         only_labeled: bool = False,
         ffns: Sequence[FFN] | None = None,
+        layers: Sequence[int] | None = None,
+        spectra: bool | str = MonitorSettings.spectra,
+        shortcut: bool | str = MonitorSettings.shortcut,
+        skip_first: int = MonitorSettings.skip_first,
+        groups: Sequence[str] = (),
+        groups_every: int = MonitorSettings.groups_every,
+        sites: Sequence[str] = (),
         token_counts: Tensor | None = None,
-        **settings: Any,
     ) -> None:
-        self._settings = {**settings, "every_n_steps": every_n_steps, "source": source}
-        layers = settings_of(self._settings).layers
+        self._settings = MonitorSettings.of(
+            every_n_steps=every_n_steps,
+            steps=steps,
+            source=source,
+            spectra=spectra,
+            layers=layers,
+            shortcut=shortcut,
+            skip_first=skip_first,
+            groups=groups,
+            groups_every=groups_every,
+            sites=sites,
+        )
         check_given(ffns=ffns, mask=mask, exclude=exclude, layers=layers)
-        require_mapping("config", config)
+        check_token_counts(groups, token_counts, are_counted=False)
+        self._config = watched_config(
+            directory,
+            config,
+            self._settings,
+            fingerprints=fingerprints,
+            mask=mask,
+            exclude=exclude,
+            only_labeled=only_labeled,
+            ffns=ffns,
+            token_counts=token_counts,
+        )
         self._run = RunDirectory(directory)
-        self._how: dict[str, Any] = {
-            "config": config,
-            "mask": mask,
-            "exclude": exclude,
-            "only_labeled": only_labeled,
-            "ffns": ffns,
-            "token_counts": token_counts,
-        }
+        self._how: dict[str, Any] = {"mask": mask, "ffns": ffns, "token_counts": token_counts}
         self._opened = OpenRun()
         self._states = TrainerStates(self._run)
         # The Trainer does not notify callbacks of exceptions.
@@ -139,6 +168,7 @@ class SpectralCallback(TrainerCallback):
                 model,
                 self._run.path,
                 self._settings,
+                self._config,
                 **self._how,
                 optimizer=optimizer,
                 batches=None,
@@ -150,7 +180,7 @@ class SpectralCallback(TrainerCallback):
             ),
         )
         if loop.features is not None:
-            is_of_loop = is_of_training if self._settings["source"] == "train" else is_of_evaluation
+            is_of_loop = is_of_training if self._settings.source == "train" else is_of_evaluation
             trained, adapters = weakref.ref(model), adapters_of(model)
 
             def is_of_model() -> bool:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nerve.errors import StoreError
-from nerve.metric_names import GROUPED, STORED
+from nerve.metric_names import DERIVED, GROUPED, STORED
 from nerve.sites_and_groups import GROUP_SITES, SITES
 
 SCHEMA_VERSION = 2
@@ -122,6 +122,12 @@ class Dataset:
     key: tuple[str, ...]
     sites: tuple[str, ...] = ()
     is_optional: bool = False
+
+
+METRIC_COLUMNS = frozenset(
+    (*METRICS_SCHEMA.names, *DERIVED, "outliers", "sampling", "n_damaged_parts")
+)
+"""The columns of `nerve.load_metrics` without those of the run; no factor can have their names."""
 
 
 DATASETS = {

@@ -15,7 +15,7 @@ from nerve.measuring.given import check_given
 from nerve.measuring.masks import Masks
 from nerve.recording.cadence import step_loss
 from nerve.recording.recorder import Recorder
-from nerve.recording.settings import settings_of
+from nerve.recording.settings import MonitorSettings
 from nerve.storage.store import RunStore
 from nerve.training.callbacks import let_go
 from nerve.training.fit import (
@@ -60,7 +60,7 @@ class FitMonitor(L.Callback):
         only_labeled: bool = False,
         **settings: Any,
     ) -> None:
-        self.settings = settings_of(settings)
+        self.settings = MonitorSettings.of(**settings)
         check_given(ffns=ffns, mask=mask, exclude=exclude, layers=self.settings.layers)
         self._ffns = ffns
         self._counted = mask, exclude, only_labeled

@@ -9,9 +9,11 @@ import lightning as L
 
 from nerve.errors import noted
 from nerve.measuring.ffns import FFN
+from nerve.measuring.given import explicit
 from nerve.measuring.masks import Masks
 from nerve.recording.given import watched_config
 from nerve.recording.run import RecordedRun, device_name, recorded_run, seed_of
+from nerve.recording.settings import MonitorSettings
 from nerve.training.monitor import FitMonitor
 
 
@@ -19,7 +21,7 @@ class SpectralMonitor(FitMonitor):
     """Measures every FFN at steps 0, k, 2k, … and the last step of a fit, and records the run.
 
     ```
-    monitor = nerve.SpectralMonitor("outputs/mine", every_n_steps=100, config={"lr": lr})
+    monitor = nerve.SpectralMonitor("outputs/mine", config={"optimizer": {"lr": lr}})
     L.Trainer(max_steps=1000, callbacks=[monitor]).fit(module, training, validation)
     ```
 
@@ -49,17 +51,17 @@ class SpectralMonitor(FitMonitor):
 
     Args:
         directory: the run directory.
-        config: as in `nerve.watch`.
-        ffns: the FFNs of a model whose modules do not implement the protocol `FFN`; None to find
-            them in the module that is trained.
+        every_n_steps, steps: as in `nerve.watch`; the fit says which step is the last.
+        source: `heldout` or `train`; the default has the validation loss of the same forward passes
+            and requires validation batches.
         mask: returns a batch's mask, as in `nerve.measure`. By default the module's method
             `padding_mask(batch)`, if it has one, or else the attention masks of a batch that is a
             mapping and has them.
         exclude, only_labeled: as in `nerve.measure`, for batches that are mappings. Which tokens an
             FFN receives is determined by calling the part of the module that contains all FFNs with
             such a batch, shortened.
-        settings: those of `MonitorSettings`, by name: `every_n_steps`, `steps`, `source`,
-            `spectra`, `layers`, `shortcut`, `skip_first`, `groups`, `groups_every`, `sites`.
+        others: as in `nerve.watch`; a residual stream that the model does not declare is not looked
+            for. Groups by frequency require a data module with `token_counts`.
 
     Raises:
         ConfigError: for a setting that is out of range, and at the start of a fit in which nothing
@@ -68,24 +70,56 @@ class SpectralMonitor(FitMonitor):
     When training begins, it raises the errors of `nerve.watch`.
     """
 
+    @explicit(
+        heldout='Give source="heldout", and the fit a validation loader.',
+        select="Give ffns=nerve.find_ffns(model, batch, select=…).",
+        labels="Give config=, which distinguishes your runs.",
+        token_counts="The data module has it as an attribute.",
+    )
     def __init__(
         self,
         directory: str | os.PathLike[str],
         *,
+        every_n_steps: int | None = MonitorSettings.every_n_steps,
+        steps: Sequence[int] | str | None = None,
+        source: str = MonitorSettings.source,
         config: Mapping[str, Any] | None = None,
-        ffns: Sequence[FFN] | None = None,
+        fingerprints: Mapping[str, str] | None = None,
         mask: Callable[[Any], Masks] | None = None,
         exclude: Collection[int] = (),
         only_labeled: bool = False,
-        **settings: Any,
+        ffns: Sequence[FFN] | None = None,
+        layers: Sequence[int] | None = None,
+        spectra: bool | str = MonitorSettings.spectra,
+        shortcut: bool | str = MonitorSettings.shortcut,
+        skip_first: int = MonitorSettings.skip_first,
+        groups: Sequence[str] = (),
+        groups_every: int = MonitorSettings.groups_every,
+        sites: Sequence[str] = (),
     ) -> None:
         super().__init__(
-            None, ffns=ffns, mask=mask, exclude=exclude, only_labeled=only_labeled, **settings
+            None,
+            ffns=ffns,
+            mask=mask,
+            exclude=exclude,
+            only_labeled=only_labeled,
+            every_n_steps=every_n_steps,
+            steps=steps,
+            source=source,
+            spectra=spectra,
+            layers=layers,
+            shortcut=shortcut,
+            skip_first=skip_first,
+            groups=groups,
+            groups_every=groups_every,
+            sites=sites,
         )
         self._directory = directory
         self._config = watched_config(
+            directory,
             config,
             self.settings,
+            fingerprints=fingerprints,
             mask=mask,
             exclude=exclude,
             only_labeled=only_labeled,
@@ -110,6 +144,7 @@ class SpectralMonitor(FitMonitor):
             resume=trainer.ckpt_path is not None or trainer.global_step > 0,
             how_to_resume="trainer.fit(ckpt_path=…)",
             seed=seed_of(self._config),
+            fingerprints=dict(self._config.get("text", {})),
             n_parameters=self._n_parameters,
             device=device_name(trainer.strategy.root_device),
         )

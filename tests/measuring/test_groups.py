@@ -232,8 +232,9 @@ def test_groups_merge_to_the_row_of_all_samples(tmp_path, groups):
     mask = torch.rand(8, 17, generator=torch.Generator().manual_seed(3)) < 0.7
     given = {"mask": lambda batch: mask, "skip_first": 2}
     alone = nerve.measure(gpt, batches, **given)
+    counts = COUNTS if "frequency" in groups else None
     grouped = nerve.measure(
-        gpt, batches, **given, into=tmp_path / "run", groups=groups, token_counts=COUNTS
+        gpt, batches, **given, into=tmp_path / "run", groups=groups, token_counts=counts
     )
     names = [name for name in alone if alone[name].dtype == float]
     np.testing.assert_allclose(grouped[names], alone[names], rtol=1e-9)

@@ -197,7 +197,7 @@ def test_a_fit_that_would_measure_nothing_leaves_no_run(tmp_path):
     """So that it can be corrected and repeated in the same directory."""
     with pytest.raises(ConfigError, match="would measure nothing"):
         fit(tmp_path / "run", every_n_steps=None, steps=[6], source="train")
-    with pytest.raises(ConfigError, match="monitor is reserved"):
+    with pytest.raises(ConfigError, match="names monitor, which the run itself uses"):
         fit(tmp_path / "run", config={"monitor": 1})
     with pytest.raises(ConfigError, match="config must be a mapping"):
         fit(tmp_path / "run", config=["a"])

@@ -4,19 +4,26 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from nerve.cli.config.compose import build
 from nerve.cli.experiment.trainer import TrainerPlan
-from nerve.config import from_mapping, require, require_count, require_path, require_type
+from nerve.config import (
+    from_mapping,
+    require,
+    require_count,
+    require_path,
+    require_reached,
+    require_type,
+)
 from nerve.metric_names import SAMPLES_PER_DIMENSION
 from nerve.models import MODELS, Skeleton, model_design
 from nerve.models.gpt import GPTConfig
 from nerve.models.mixer import MixerConfig
 from nerve.optim import Part, Schedule, check_parts
-from nerve.recording.settings import MonitorSettings
+from nerve.recording.settings import MonitorSettings, steps_of
 
 _OPTIMIZER_NUMBERS = (
     "lr",
@@ -40,6 +47,8 @@ class MonitorPlan(MonitorSettings):
     """What is measured, and the number of held-out tokens: a number, or `auto` for
     `SAMPLES_PER_DIMENSION` times the d_ff of the widest FFN."""
 
+    PREFIX: ClassVar[str] = "monitor."
+
     n_tokens: int | str = "auto"
 
     def __post_init__(self) -> None:
@@ -55,6 +64,10 @@ class MonitorPlan(MonitorSettings):
     def settings(self) -> dict[str, Any]:
         """The settings of `FitMonitor`, by name."""
         return {each.name: getattr(self, each.name) for each in fields(MonitorSettings)}
+
+    def require_reached(self, last: int) -> None:
+        """Raises `ConfigError` for single steps after the last step of training."""
+        require_reached("monitor.steps", steps_of(self.steps, last), last)
 
     def n_heldout_tokens(self, widest: int) -> int:
         """Number of tokens to measure if the widest FFN has d_ff `widest`."""

@@ -142,7 +142,8 @@ def _lead(
 
 def _give_up(record: RunRecord | None, error: NotGatheredError) -> None:
     """Prints and records that the run fails; its main thread still waits for a failed process."""
-    os.write(2, f"nerve-run: {error}\n".encode())  # sys.stderr may be in the middle of a write
+    text = f"nerve-run: {error}\n".encode(errors="backslashreplace")
+    os.write(2, text)  # sys.stderr may be in the middle of a write
     if record:
         _record_end(record, error)
 
