@@ -116,7 +116,7 @@ class SpectralMonitor(FitMonitor):
             groups_every=groups_every,
             sites=sites,
         )
-        self._directory = directory
+        self._directory, self._fingerprints = directory, dict(fingerprints or {})
         self._config = watched_config(
             directory,
             config,
@@ -148,7 +148,7 @@ class SpectralMonitor(FitMonitor):
             resume=trainer.ckpt_path is not None or trainer.global_step > 0,
             how_to_resume="trainer.fit(ckpt_path=…)",
             seed=seed_of(self._config),
-            fingerprints=dict(self._config.get("text", {})),
+            fingerprints=self._fingerprints,
             n_parameters=self._n_parameters,
             device=device_name(trainer.strategy.root_device),
         )

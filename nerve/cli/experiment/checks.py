@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from nerve.cli.config.compose import CONF
 from nerve.cli.experiment.arguments import class_of
-from nerve.cli.experiment.groups import seq_len_of
+from nerve.cli.experiment.group_plans import seq_len_of
 from nerve.cli.experiment.trainer import TrainerPlan
 from nerve.config import (
     require,

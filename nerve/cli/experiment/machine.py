@@ -13,7 +13,7 @@ from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.utilities import rank_zero_only
 
 from nerve import cores
-from nerve.cli.experiment.groups import seq_len_of
+from nerve.cli.experiment.group_plans import seq_len_of
 from nerve.cli.experiment.plan import Plan
 from nerve.cli.experiment.trainer import n_devices_of
 from nerve.config import require

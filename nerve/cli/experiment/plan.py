@@ -27,7 +27,7 @@ from nerve.cli.experiment.checks import (
     require_whole,
     require_whole_matrices,
 )
-from nerve.cli.experiment.groups import (
+from nerve.cli.experiment.group_plans import (
     DataPlan,
     ModelPlan,
     MonitorPlan,
