@@ -1,5 +1,4 @@
-"""The columns of `load_runs` that are values of a configuration, where they say something about the
-result."""
+"""The columns of `load_runs` that are values of a configuration and may affect the result."""
 
 from dataclasses import fields
 

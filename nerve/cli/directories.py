@@ -1,4 +1,4 @@
-"""Run directories of the commands, whose messages name the options of these."""
+"""Run directories of the commands; their messages name the options of each command."""
 
 from nerve.storage.directory import RunDirectory
 

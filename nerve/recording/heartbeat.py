@@ -1,4 +1,4 @@
-"""Shows, in `run.json`, that a run's process lives, and how far it has come."""
+"""Shows, in `run.json`, that a run's process is alive, and how far it has come."""
 
 import atexit
 import threading
@@ -14,9 +14,9 @@ EVERY_S = 10.0
 class Heartbeat:
     """Writes the record every ten seconds, within a `with` block, from a thread.
 
-    Whatever the block does takes as long as it takes: preparing data, compiling, measuring a large
-    model, validating. `heartbeat` shows that the process lives; `step` and `advanced`, that it gets
-    somewhere. The thread has no reference to anything but the record, and a forked process has no
+    What the block does may take long: preparing data, compiling, measuring a large model,
+    validating. `heartbeat` shows that the process is alive; `step` and `advanced`, that it makes
+    progress. The thread has no reference to anything but the record, and a forked process has no
     such thread. It ends before Python shuts down, even if the block is still open.
 
     Args:
@@ -66,7 +66,7 @@ def _beat(record: RunRecord, has_failed: threading.Event, has_ended: threading.E
         changes = {} if step == known else {"advanced": now()}
         try:
             record.update(**changes)
-        except StoreError:  # told by the run's own thread, at its next step or at its end
+        except StoreError:  # raised by the run's own thread, at its next step or at its end
             has_failed.set()
         else:
             known = step
