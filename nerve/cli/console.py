@@ -75,7 +75,7 @@ def figure(value: float | None) -> str:
 
 
 def error_text(error: Mapping[str, str] | None) -> str:
-    """The error with which a run ended, as its record has it; an interruption has no type."""
+    """The error with which a run ended, from its record; an interruption has no type."""
     named = dict(error or {})
     if named.get("type") == "Interrupted":
         del named["type"]

@@ -176,7 +176,7 @@ class WatchedLoop:
             self.n_steps = first
         self.recorder.drop_after(self.n_steps if state is not None else first - 1)
         if self._recorded is not None:
-            # A run that goes on has values of the end that it abandons.
+            # A resumed run still has the final values of the end that it abandons.
             self._recorded.record.update(step=self.n_steps, final={})
         if state is None and self.n_steps in self._steps:
             self.measure()

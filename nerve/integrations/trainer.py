@@ -137,7 +137,12 @@ class SpectralCallback(TrainerCallback):
             token_counts=token_counts,
         )
         self._run = RunDirectory(directory)
-        self._how: dict[str, Any] = {"mask": mask, "ffns": ffns, "token_counts": token_counts}
+        self._how: dict[str, Any] = {
+            "mask": mask,
+            "ffns": ffns,
+            "token_counts": token_counts,
+            "fingerprints": fingerprints,
+        }
         self._opened = OpenRun()
         self._states = TrainerStates(self._run)
         # The Trainer does not notify callbacks of exceptions.

@@ -172,6 +172,7 @@ def watch(
             ffns=ffns,
             resume=resume,
             last_step=last_step,
+            fingerprints=fingerprints,
             token_counts=token_counts,
             how_to_resume="resume= and the state of a checkpoint",
         )
@@ -221,6 +222,7 @@ def watched(
     resume: Mapping[str, Any] | None,
     last_step: int | None,
     how_to_resume: str,
+    fingerprints: Mapping[str, str] | None,
     first: int = 0,
     token_counts: Tensor | None = None,
 ) -> Iterator[WatchedLoop]:
@@ -263,7 +265,7 @@ def watched(
         resume=resume is not None,
         how_to_resume=how_to_resume,
         seed=seed_of(config),
-        fingerprints=dict(config.get("text", {})),
+        fingerprints=dict(fingerprints or {}),
         n_parameters=sum(parameter.numel() for parameter in inner.parameters()),
         device=device_name(device_of(inner)),
     ) as recorded:

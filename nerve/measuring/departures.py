@@ -78,7 +78,7 @@ def leave(error: BaseException) -> None:
 
 
 def stay() -> None:
-    """Takes back what `leave` told: the error was caught."""
+    """Revokes `leave`, because the error was caught."""
     shared_store().delete_key(_key(rank()))
 
 

@@ -1,4 +1,4 @@
-"""Refuses padding that a model is told about and a batch does not show, since it would count."""
+"""Refuses padding that a model knows of but a batch does not show, because it would be counted."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager

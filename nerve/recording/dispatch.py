@@ -104,7 +104,7 @@ class Dispatch:
         self._copier = pool_of(1) if self._pool and is_gpu else None
         self._room = threading.Semaphore(waiting_on_host(n_processes(), n_bytes))
         if self._copier:
-            # If pinning fails here, it is tried again, and fails, where it is needed.
+            # If pinning fails here, it is tried again where it is needed, and fails there.
             self._copier.submit(self._staging.reserve, n_bytes)
 
     @property

@@ -66,7 +66,7 @@ def check_labels(
     labels: Mapping[str, Any] | None,
     fingerprints: Mapping[str, str] | None,
 ) -> None:
-    """Checks what is stored beside the measurements.
+    """Checks what is stored next to the measurements.
 
     Raises:
         ConfigError: for what is no mapping by name or has no run, and for a label whose name is

@@ -135,7 +135,7 @@ def prepare_centered(device: torch.device) -> None:
     """Compiles and loads the kernels of centered products of bfloat16 features; waits for them.
 
     Such features need them only once their mean is large. Compiling takes seconds, so it should
-    happen beside training, in a thread of its own: it uses a stream of its own and changes no
+    happen while training goes on, in a separate thread: it uses a stream of its own and changes no
     setting. `device` must have kernels (`has_kernels`).
     """
     stream = torch.cuda.Stream(device)

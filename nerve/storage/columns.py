@@ -1,4 +1,4 @@
-"""The columns that the leaves of a configuration become: each of them has one of its own."""
+"""The columns of a configuration: one for each of its leaves."""
 
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any

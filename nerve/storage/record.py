@@ -220,5 +220,5 @@ def require_columns(config: Mapping[str, Any]) -> None:
 
 
 def now() -> str:
-    """The time, as records have it."""
+    """The current time, in the format of records."""
     return datetime.now(UTC).isoformat(timespec="seconds")

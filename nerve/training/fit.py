@@ -27,6 +27,7 @@ from nerve.measuring.slices import Slice
 from nerve.recording.recorder import Recorder
 from nerve.recording.settings import MonitorSettings
 from nerve.recording.writer import is_measured, monitored_values
+from nerve.training.updates import NEVER
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +117,19 @@ def warn_of_loaders(trainer: L.Trainer) -> None:
         rank_zero_warn(
             "The loss and the features in the rows are those of a single validation loader, the "
             f"first of these {n}. Put the loader to measure first."
+        )
+
+
+def warn_of_intervals(trainer: L.Trainer) -> None:
+    """Warns of intervals of validation that were set for a trainer and that the monitor replaces.
+    Called before it does."""
+    defaults = {"val_check_interval": 1.0, "check_val_every_n_epoch": 1}
+    values = {name: getattr(trainer, name) for name in defaults}
+    given = [f"{name}={value}" for name, value in values.items() if value != defaults[name]]
+    if given and trainer.val_check_interval != NEVER:  # in an earlier fit
+        rank_zero_warn(
+            f"The trainer's {', '.join(given)} has no effect: SpectralMonitor determines when to "
+            "validate, with every_n_steps and steps. Leave it out."
         )
 
 

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
 
 from nerve.errors import noted
 from nerve.measuring.ffns import FFN
@@ -14,6 +15,7 @@ from nerve.measuring.masks import Masks
 from nerve.recording.given import watched_config
 from nerve.recording.run import RecordedRun, device_name, recorded_run, seed_of
 from nerve.recording.settings import MonitorSettings
+from nerve.training.fit import warn_of_intervals
 from nerve.training.monitor import FitMonitor
 
 
@@ -114,7 +116,7 @@ class SpectralMonitor(FitMonitor):
             groups_every=groups_every,
             sites=sites,
         )
-        self._directory = directory
+        self._directory, self._fingerprints = directory, dict(fingerprints or {})
         self._config = watched_config(
             directory,
             config,
@@ -131,6 +133,8 @@ class SpectralMonitor(FitMonitor):
         self._recorded: RecordedRun | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            warn_of_intervals(trainer)
         super().setup(trainer, pl_module, stage)
         # Later, a strategy may have sharded them.
         self._n_parameters = sum(parameter.numel() for parameter in pl_module.parameters())
@@ -144,7 +148,7 @@ class SpectralMonitor(FitMonitor):
             resume=trainer.ckpt_path is not None or trainer.global_step > 0,
             how_to_resume="trainer.fit(ckpt_path=…)",
             seed=seed_of(self._config),
-            fingerprints=dict(self._config.get("text", {})),
+            fingerprints=self._fingerprints,
             n_parameters=self._n_parameters,
             device=device_name(trainer.strategy.root_device),
         )
@@ -154,7 +158,7 @@ class SpectralMonitor(FitMonitor):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if self._recorded is not None:
-            # A run that goes on has values of the end that it abandons.
+            # A resumed run still has the final values of the end that it abandons.
             self._recorded.record.update(step=self._updates.n, final={})
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:

@@ -271,3 +271,9 @@ def test_runs_on_different_corpora_are_not_pooled(tmp_path):
     nerve.RunRecord.load(tmp_path / "ab").finish("interrupted")
     with pytest.raises(StoreError, match=r"other values of text\.corpus \(ab, now cd\)"):
         watched(tmp_path / "ab", **given)
+
+
+@pytest.mark.parametrize("text", ["openwebtext", 3, {"corpus": "ab"}])
+def test_a_value_of_ones_own_named_text_is_no_fingerprint(tmp_path, text):
+    assert watched(tmp_path, config={"text": text})["text"] == text
+    assert nerve.RunRecord.load(tmp_path).fingerprints == {}

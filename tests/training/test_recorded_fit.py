@@ -61,8 +61,9 @@ class At(L.Callback):
             self.call()
 
 
-def trainer_of(*callbacks: L.Callback, max_steps: int = N_STEPS) -> L.Trainer:
+def trainer_of(*callbacks: L.Callback, max_steps: int = N_STEPS, **how) -> L.Trainer:
     return L.Trainer(
+        **how,
         accelerator="cpu",
         max_steps=max_steps,
         max_epochs=-1,
@@ -191,6 +192,26 @@ def test_two_fits_do_not_write_into_one_directory(tmp_path):
         fit(tmp_path)
     lock.release()
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"val_check_interval": 2}, "val_check_interval=2"),
+        ({"check_val_every_n_epoch": 3}, "check_val_every_n_epoch=3"),
+        (
+            {"val_check_interval": 2, "check_val_every_n_epoch": None},
+            "val_check_interval=2, check_val_every_n_epoch=None",
+        ),
+    ],
+)
+def test_an_interval_of_validation_that_has_no_effect_is_named_once(tmp_path, given, named):
+    """Not in a second fit of the trainer, whose interval the monitor itself has set."""
+    trainer = trainer_of(nerve.SpectralMonitor(tmp_path / "run", every_n_steps=2), **given)
+    with pytest.warns(UserWarning, match=f"trainer's {named} has no effect: .*every_n_steps"):
+        on(trainer, Module())
+    trainer.fit_loop.epoch_loop.max_steps += 1
+    on(trainer, Module())
 
 
 def test_a_fit_that_would_measure_nothing_leaves_no_run(tmp_path):

@@ -1,4 +1,4 @@
-"""Groups of a configuration in the form that a run uses, each checked by itself; the group
+"""Groups of a configuration in the form that a run uses, each checked separately; the group
 `trainer` is in `trainer.py`."""
 
 import sys

@@ -72,8 +72,8 @@ class SubmittedJobs:
     def settle(self) -> None:
         """Returns once SLURM is not ending any of the jobs, or after two minutes.
 
-        A run that was told to stop stays until it is killed, because SLURM requeues a job only
-        then; until then it is unknown whether its job will return.
+        A run that was asked to stop waits to be killed, because SLURM requeues a job only then;
+        until then it is unknown whether its job will return.
         """
         until = time.monotonic() + _LONGEST_ENDING_S
         is_reported = False
