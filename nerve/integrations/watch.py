@@ -19,11 +19,11 @@ from nerve.measuring.ffns import FFN
 from nerve.measuring.find import find_ffns
 from nerve.measuring.forward import call
 from nerve.measuring.given import (
+    brief,
     check_given,
     explicit,
     require_mapping,
     require_model,
-    told,
 )
 from nerve.measuring.masks import Masks
 from nerve.measuring.streams import count_tokens
@@ -294,5 +294,5 @@ def _check_loop(optimizer: object, resume: object, last_step: object) -> None:
     require(
         optimizer is None or hasattr(optimizer, "param_groups"),
         "optimizer must be the optimizer of the loop, whose learning rate is recorded; got "
-        f"{told(optimizer)}. Leave it out, or give the optimizer itself.",
+        f"{brief(optimizer)}. Leave it out, or give the optimizer itself.",
     )

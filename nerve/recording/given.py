@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nerve.config import require, require_choice, require_count, require_several
 from nerve.measuring.ffns import FFN
-from nerve.measuring.given import require_mapping, told
+from nerve.measuring.given import brief, require_mapping
 from nerve.measuring.masks import Masks
 from nerve.recording.digest import Digest
 from nerve.recording.measured_run import OWN
@@ -91,7 +91,7 @@ def check_fingerprints(fingerprints: Mapping[str, str] | None) -> None:
         require(
             isinstance(text, str) and text != "",
             f"A fingerprint must be a hash, or another text that identifies the data; got {name}="
-            f"{told(text)}.",
+            f"{brief(text)}.",
         )
 
 
