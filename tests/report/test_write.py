@@ -52,12 +52,14 @@ def make(tmp_path: Path, row: Callable[..., dict[str, Any]]) -> Make:
             **(config or {}),
             "seed": seed,
         }
+        corpus = values.pop("corpus", "c")
+        text = {"corpus": corpus, "tokenizer": "t"} if corpus else {}
         record = RunRecord.create(
             tmp_path / "runs" / name,
             settings,
             seed=seed,
             unigram_loss=4.9,
-            fingerprints={"corpus": values.pop("corpus", "c"), "tokenizer": "t", "heldout": "h"},
+            fingerprints={**text, "heldout": "h"},
         )
         store = RunStore(record.directory, record.run_id)
         for i, step in enumerate(steps):
