@@ -1,6 +1,8 @@
-"""What a spectrum may be of: the sites in and around an FFN, and the groups of samples."""
+"""What a spectrum can describe: the sites in and around an FFN, and the groups of samples."""
 
-SITES = ("pre", "post")
+from typing import Literal
+
+SITES: tuple[Literal["pre", "post"], ...] = ("pre", "post")
 """Where features are measured: before and after the nonlinearity."""
 
 GROUP_SITES = ("stream_in", "input", "pre", "post", "output", "stream_out")
@@ -10,7 +12,7 @@ input, before and after the nonlinearity, the FFN's output, and the stream after
 AROUND = ("stream_in", "input", "output", "stream_out")
 """The sites around the nonlinearity, the options of `monitor.sites`."""
 
-GROUPS = {
+GROUPINGS = {
     "position": ("0", "like_0", "q1", "q2", "q3", "q4"),
     "frequency": ("head", "mid", "tail"),
     "halves": ("a", "b"),

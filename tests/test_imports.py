@@ -47,14 +47,15 @@ ALLOWED = {
 # Of the commands, folder or file to what of nerve/cli it may import beside itself.
 OF_COMMANDS = {
     "console": set(),
+    "directories": set(),
     "saved": set(),
     "text_table": {"console"},
     "status_table": {"console", "text_table"},
     "config": {"saved"},
-    "experiment": {"config", "console"},
-    "sweep": {"config", "console", "experiment"},
+    "experiment": {"config", "console", "directories"},
+    "sweep": {"config", "console", "directories", "experiment"},
     "queued": {"sweep"},
-    "probing": {"console", "experiment"},
+    "probing": {"console", "directories", "experiment"},
     "entry": set(),
     "run": {"config", "console", "entry", "experiment", "sweep"},
     "probe": {"console", "entry", "probing"},

@@ -13,9 +13,8 @@ import pandas as pd
 from nerve.analysis.compare import COUNTS, NUMBERS
 from nerve.analysis.groups import contrasts, pr_column
 from nerve.analysis.leaves import leaves_of
-from nerve.metric_names import DERIVED
-from nerve.sites_and_groups import GROUP_SITES, GROUPS, POOLED
-from nerve.storage.schema import METRICS
+from nerve.sites_and_groups import GROUP_SITES, GROUPINGS, POOLED
+from nerve.storage.schema import METRIC_COLUMNS
 
 DESIGN_FACTORS = (
     "normalization.kind",
@@ -46,14 +45,14 @@ _ESTIMATED = (
     *("pearson", "spearman", "given_clock", "given_lr", "kendall", "loss_kendall", "given_loss"),
     "exponent",
 )
-_PARTS = [group for groups in GROUPS.values() for group in groups]
+_PARTS = [group for groups in GROUPINGS.values() for group in groups]
 """The groups of all groupings."""
 
 TAKEN = {
-    *(*METRICS.names, *DERIVED, *NUMBERS, *(f"{name}_sd" for name in NUMBERS), *COUNTS),
-    *("data", "heldout", "flag", "reason", "n_steps", "n_damaged_parts", "n_seeds", "n_flagged"),
+    *(*METRIC_COLUMNS, *NUMBERS, *(f"{name}_sd" for name in NUMBERS), *COUNTS),
+    *("data", "heldout", "flag", "reason", "n_steps", "n_seeds", "n_flagged"),
     *("first_loss", "min_loss", "final_loss", "final_step", "target_loss", "reached"),
-    *("depth", "middle", "region", "outliers", "sampling", "schedule", "clock", "metric", "window"),
+    *("depth", "middle", "region", "schedule", "clock", "metric", "window"),
     *("first_step", "n", "n_missing", "n_heldout", "n_points", "n_designs", "d_ff_min", "d_ff_max"),
     *(f"{name}{end}" for name in _ESTIMATED for end in ("", "_low", "_high")),
     *("null", "coefficient", "r_squared", "r_clock", "r_lr", "points"),

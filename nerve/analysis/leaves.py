@@ -1,5 +1,4 @@
-"""The columns of `load_runs` that are values of a configuration, where they say something about the
-result."""
+"""The columns of `load_runs` that are values of a configuration and may affect the result."""
 
 from dataclasses import fields
 
@@ -7,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from nerve.storage.columns import CONFIGURED, RECORDED_GROUPS
-from nerve.storage.identity import EXCLUDED, GROUPS
+from nerve.storage.identity import EXCLUDED, ORIGINAL_GROUPS
 from nerve.storage.record import RunRecord
 
 RECORDED = {entry.name for entry in fields(RunRecord)} | {"design_id"}
@@ -25,7 +24,7 @@ def leaves_of(runs: pd.DataFrame) -> dict[str, pd.Series]:
     `DIGESTS` in those of measured models. In the configuration of any other run, the same names may
     mean something else.
     """
-    is_of_nerve_run = np.all([_has(runs, group) for group in GROUPS], axis=0)
+    is_of_nerve_run = np.all([_has(runs, group) for group in ORIGINAL_GROUPS], axis=0)
     is_measured = np.any([_has(runs, group) for group in _MEASURED], axis=0)
     leaves = {str(name): runs[name] for name in runs.columns if _is_leaf(str(name))}
     for name, values in leaves.items():

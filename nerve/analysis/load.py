@@ -19,8 +19,8 @@ from nerve.analysis.gather import (
     Coded,
     Derive,
     StoredRun,
-    frame_of,
-    gathered,
+    frame_from_columns,
+    gather_columns,
     reads,
 )
 from nerve.analysis.run_rows import RunRows
@@ -113,7 +113,7 @@ class Runs:
         return self._rows(DATASETS["groups"])
 
     def _metrics(self, dataset: Dataset) -> dict[str, Any]:
-        return self._rows(dataset, partial(self._with_derived, frame_of(self._groups)))
+        return self._rows(dataset, partial(self._with_derived, frame_from_columns(self._groups)))
 
     def _joined(self, name: str, load: Callable[[Dataset], Mapping[str, Any]]) -> pd.DataFrame:
         """The rows of a dataset with the `factors` of their run, which are checked first.
@@ -129,7 +129,7 @@ class Runs:
         for factor in self.factors:
             if factor not in columns:
                 columns[factor] = _repeated(self.frame[factor], counts)
-        return frame_of(columns)
+        return frame_from_columns(columns)
 
     def _rows(self, dataset: Dataset, derive: Derive | None = None) -> dict[str, Any]:
         """The columns of the rows of all runs, with those that `derive` adds, and `run_status` and
@@ -146,7 +146,7 @@ class Runs:
                 unread.extend(read.unread)
                 yield read.block, len(self) / len(counts)
 
-        columns: dict[str, Any] = {**gathered(blocks())}
+        columns: dict[str, Any] = {**gather_columns(blocks())}
         self._counts[dataset.name] = counts
         self._warn(dataset, unread)
         n_damaged = pd.Series([len(errors) for errors in unread], dtype=np.int32)

@@ -133,9 +133,9 @@ class PassFeatures:
             )
 
     def _versions(self) -> Iterator[tuple[Tensor, int]]:
-        """The weights of the projections before the nonlinearities, and for each what changes with
-        its values. Other tensors in their place, as FSDP gathers for a pass, or as a functional
-        call is given, may have equal values."""
+        """The weights of the projections before the nonlinearities, each with a number that changes
+        with its values. A weight replaced by another tensor (FSDP's all-gather, `functional_call`)
+        is not treated as changed."""
         modules = (sites_of(ffn)[0].module for ffn in self._recorder.probe.ffns)
         weights = (each for module in modules for each in module.parameters())
         return ((each, each._version) for each in weights if not each.is_inference())

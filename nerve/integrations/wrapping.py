@@ -42,8 +42,3 @@ def device_of(model: nn.Module) -> torch.device:
             "that is trained."
         )
     return parameter.device
-
-
-def device_name_of(model: nn.Module) -> str:
-    device = device_of(model)
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

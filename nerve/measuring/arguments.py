@@ -46,8 +46,8 @@ def by_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def signature_of(module: nn.Module) -> inspect.Signature:
-    """That of a module's forward, or of the module in it if it only passes on what it is given, as
-    a compiled or distributed one does."""
+    """The signature of a module's forward; if the module only passes on its arguments, as a
+    compiled or distributed one does, that of the module in it."""
     signature, inside = inspect.signature(module.forward), list(module.children())
     kinds = {each.kind for each in signature.parameters.values()}
     passes_on = kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}

@@ -142,8 +142,8 @@ class Choice:
     def _without_first(
         self, masks: Sequence[Tensor | None], unpadded: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
-        """The masks of all FFNs without the first positions behind left padding; of one that
-        several of them share, once.
+        """The masks of all FFNs without the first positions after left padding; a mask that several
+        of them share is changed once.
 
         Args:
             masks: the caller's.

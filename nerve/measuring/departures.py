@@ -12,7 +12,7 @@ from nerve.measuring.processes import n_processes, put, rank, shared_store, valu
 
 TOGETHER = "The processes of a run must all continue together"
 
-TOLD_WITHIN_S = 1.0
+REASON_WITHIN_S = 1.0
 """How long to wait for the reason of a process that has closed its connection."""
 
 _POLL_S = 0.05
@@ -56,7 +56,7 @@ def knowing_others(exits: Mapping[int, Exit]) -> Iterator[None]:
     except RuntimeError as error:
         if n_processes() == 1 or not _is_of_collective(error):
             raise
-        until = time.monotonic() + TOLD_WITHIN_S
+        until = time.monotonic() + REASON_WITHIN_S
         while (reason := reason_of_others()) is None and time.monotonic() < until:
             time.sleep(_POLL_S)
         if reason is None:
@@ -73,12 +73,12 @@ def leave(error: BaseException) -> None:
     """Tells the other processes, which may wait for this one, that it stops with an error."""
     if n_processes() > 1:
         with suppress(RuntimeError):  # from a store whose process has exited
-            told = f"{type(error).__name__}: {error}", _is_stop(error), _is_of_others(error)
-            put(shared_store(), _key(rank()), told)
+            departure = f"{type(error).__name__}: {error}", _is_stop(error), _is_of_others(error)
+            put(shared_store(), _key(rank()), departure)
 
 
 def stay() -> None:
-    """Takes back what `leave` told: the error was caught."""
+    """Revokes `leave`, because the error was caught."""
     shared_store().delete_key(_key(rank()))
 
 
@@ -97,21 +97,21 @@ def reason_of_others() -> NotGatheredError | None:
 
     If several have, most of them only because of another one; its reason counts.
     """
-    left: dict[int, _Left] = {}
+    departures: dict[int, _Departure] = {}
     with suppress(RuntimeError):  # from a store whose process has exited
         for other in range(n_processes()):
             if other != rank() and has_left(other):
-                left[other] = _Left(*value_of(shared_store(), _key(other)))
-    first = next((other for other, told in left.items() if not told.is_of_others), None)
+                departures[other] = _Departure(*value_of(shared_store(), _key(other)))
+    first = next((other for other, each in departures.items() if not each.is_of_others), None)
     if first is not None:
-        return left[first].error(first)
-    silent = next((other for other in _exits if other not in left), None)
+        return departures[first].error(first)
+    silent = next((other for other in _exits if other not in departures), None)
     if silent is not None:
         return _has_exited(silent)
-    return next((told.error(other) for other, told in left.items()), None)
+    return next((each.error(other) for other, each in departures.items()), None)
 
 
-class _Left(NamedTuple):
+class _Departure(NamedTuple):
     """What a process that has left says about it.
 
     Attributes:

@@ -25,6 +25,16 @@ WHY_NULL: Mapping[str, Callable[[Tensor], bool]] = {
 """Reasons why a spectrum cannot be measured, each with a check."""
 
 
+ROW: Mapping[str, type] = {
+    "layer": int,
+    "ffn": str,
+    **dict.fromkeys(("n_samples", "d_ff", "d_in"), int),
+    **dict.fromkeys(STORED, float),
+    **dict.fromkeys(("precision", "status"), str),
+}
+"""The columns of the row of an FFN, in order, with their types."""
+
+
 @dataclass(frozen=True)
 class FFNSpectra:
     """The result of one measurement for one FFN.

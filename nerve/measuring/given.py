@@ -1,14 +1,19 @@
 """Checks arguments given in Python, and refuses those of the wrong kind."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import wraps
+from inspect import signature
 from numbers import Integral
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from nerve.config import require, require_count
+from nerve.config import require, require_choice, require_count
 from nerve.measuring.ffns import FFN
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 Loaded = nn.Module | Callable[[], nn.Module]
 """A model, or a function that loads it."""
@@ -19,9 +24,35 @@ _FUNCTIONS = {
 }
 
 
+def explicit(**instead: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Makes a function refuse keyword arguments that it does not have, with similar names.
+
+    Args:
+        instead: what to give in place of an argument that its callers may expect, as a sentence.
+
+    Raises:
+        ConfigError: by the function, for such an argument.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        name = f"nerve.{function.__qualname__.removesuffix('.__init__')}"
+        known = [each for each in signature(function).parameters if each != "self"]
+
+        @wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            for key in kwargs:
+                require(key not in instead, f"{name} has no argument {key}. {instead.get(key)}")
+                require_choice(f"an argument of {name}", key, known)
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate
+
+
 def require_model(model: object) -> None:
     """Raises `ConfigError` unless `model` is a torch module whose weights have sizes."""
-    require(isinstance(model, nn.Module), f"model must be a torch module; got {told(model)}.")
+    require(isinstance(model, nn.Module), f"model must be a torch module; got {brief(model)}.")
     assert isinstance(model, nn.Module)
     lazy = next((name for name, each in model.named_parameters() if is_lazy(each)), None)
     require(
@@ -35,7 +66,7 @@ def require_mapping(key: str, value: object) -> None:
     """Raises `ConfigError` unless `value` is a mapping by name, or None."""
     require(
         value is None or (isinstance(value, Mapping) and all(isinstance(k, str) for k in value)),
-        f"{key} must be a mapping by name, such as {{'family': 'mine'}}; got {told(value)}.",
+        f"{key} must be a mapping by name, such as {{'family': 'mine'}}; got {brief(value)}.",
     )
 
 
@@ -56,12 +87,12 @@ def check_given(
     for key, value in (("mask", mask), ("forward", forward)):
         require(
             value is None or callable(value),
-            f"{key} must be a function of a batch; got {told(value)}. Give {_FUNCTIONS[key]}.",
+            f"{key} must be a function of a batch; got {brief(value)}. Give {_FUNCTIONS[key]}.",
         )
     require(
         isinstance(exclude, Collection) and all(_is_id(each) for each in exclude),
         "exclude must be a list of token ids, such as tokenizer.all_special_ids; got "
-        f"{told(exclude)}.",
+        f"{brief(exclude)}.",
     )
     if ffns is None:
         return
@@ -75,7 +106,7 @@ def check_given(
     require(
         is_list and wrong is None,
         "ffns must be a list of descriptions of FFNs; got "
-        f"{'one of ' if is_list else ''}{told(wrong)}. Give nerve.find_ffns(model, batch), "
+        f"{'one of ' if is_list else ''}{brief(wrong)}. Give nerve.find_ffns(model, batch), "
         "optionally with select=, or describe each: "
         '[nerve.FFNAdapter(layer, "ffn", block.up, block.down)].',
     )
@@ -92,7 +123,7 @@ def series_of(model: Any, step: int) -> Iterable[tuple[int, Loaded]]:
         return [(step, model)]
     require(
         isinstance(model, Iterable) and not isinstance(model, str | bytes | Mapping | Tensor),
-        f"model must be a torch module, or a series of (step, model); got {told(model)}. Load the "
+        f"model must be a torch module, or a series of (step, model); got {brief(model)}. Load the "
         "weights into a module first; nerve-probe accepts the name or directory of a "
         "transformers model.",
     )
@@ -104,7 +135,7 @@ def series_of(model: Any, step: int) -> Iterable[tuple[int, Loaded]]:
         require(
             of_kind,
             "An item of a series is (step, model), the model a torch module or a function that "
-            f"loads it; got {'(step, ' if is_pair else ''}{told(item[1] if is_pair else item)}"
+            f"loads it; got {'(step, ' if is_pair else ''}{brief(item[1] if is_pair else item)}"
             f"{')' if is_pair else ''}. Give (step, lambda: load(path)).",
         )
         require_count("the step of an item of a series", item[0], least=0)
@@ -138,7 +169,7 @@ def check_batches(batches: Any) -> None:
         )
 
 
-def told(value: object) -> str:
+def brief(value: object) -> str:
     """A value as messages show it: itself if short, otherwise its type."""
     text = repr(value)
     kind = type(value).__name__

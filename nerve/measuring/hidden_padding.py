@@ -1,4 +1,4 @@
-"""Refuses padding that a model is told about and a batch does not show, since it would count."""
+"""Refuses padding that a model knows of but a batch does not show, because it would be counted."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -20,7 +20,7 @@ _TOKENS = ("input_ids", "inputs_embeds")
 @contextmanager
 def hidden_padding_refused(model: nn.Module) -> Iterator[None]:
     """Raises `MeasurementError` within the block if the model, or one of its modules, receives a
-    mask that excludes padding: the batch is one that shows none."""
+    mask that excludes padding, although the batch shows none."""
     with ExitStack() as stack:
         for module in model.modules():
             if _may_get_mask(module, is_root=module is model):

@@ -11,10 +11,10 @@ from typing import Any
 import pandas as pd
 from torch import Tensor, nn
 
-from nerve.derived import outliers
+from nerve.derived import sampling, with_derived
 from nerve.measuring.around import find_streams, sites_around
 from nerve.measuring.choice import Choice, call_measured, call_probed
-from nerve.measuring.eigenproblem import FFNSpectra, GroupSpectrum
+from nerve.measuring.eigenproblem import ROW, FFNSpectra, GroupSpectrum
 from nerve.measuring.ffns import FFN, sites_of
 from nerve.measuring.find import find_ffns
 from nerve.measuring.forward import evaluating
@@ -158,10 +158,10 @@ def _reporting(batches: Iterable[Any], what: str, progress: Progress) -> Iterato
 
 
 def frame_of(spectra: Iterable[FFNSpectra]) -> pd.DataFrame:
-    """One row per FFN, with the column `outliers`."""
-    rows = pd.DataFrame([each.row() for each in spectra])
-    rows = rows.astype({name: float for name in rows if rows[name].isna().all()})
-    return rows.assign(outliers=outliers(rows))
+    """One row per FFN, with the derived columns of `nerve.load_metrics`. `sampling` is the verdict
+    from N/D. Without spectra, the same columns, of the same types."""
+    rows = pd.DataFrame([each.row() for each in spectra], columns=[*ROW]).astype(dict(ROW))
+    return with_derived(rows).assign(sampling=sampling(rows))
 
 
 def _first_of(batches: Iterable[Any]) -> tuple[list[Any], Iterable[Any]]:

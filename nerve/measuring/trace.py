@@ -95,7 +95,7 @@ def trace(
         try:
             _, n_shorter = _features(probe, run, shorter)
         except TraceError:
-            n_shorter = Counter()  # not to be told
+            n_shorter = Counter()  # cannot be determined
         for index, place in enumerate(traced):
             if place.ran and place.stream is None and n_shorter[index] != n_samples[index]:
                 traced[index] = place._replace(is_other=True)

@@ -1,5 +1,5 @@
-"""What forward passes change besides the features, and what is put back after those of a
-measurement: random states, buffers, and tensors and numbers among the attributes of modules."""
+"""Restores what the forward passes of a measurement change in the process and in the model: random
+states, buffers, and tensors and numbers among the attributes of modules."""
 
 import random
 from collections.abc import Iterator
@@ -19,8 +19,8 @@ _ABSENT = object()
 
 @contextmanager
 def random_states_kept() -> Iterator[None]:
-    """Puts the global random states of this process back where the block has advanced them, as a
-    model does that draws its own noise or masks also in eval mode."""
+    """Restores the global random states of this process if the block has advanced them, as does a
+    model that draws noise or masks even in eval mode."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     has_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
     gpus = torch.cuda.get_rng_state_all() if has_gpu else []
@@ -45,7 +45,7 @@ def _are_equal(one: Any, other: Any) -> bool:
 
 @contextmanager
 def states_kept(model: nn.Module) -> Iterator[None]:
-    """Puts back what the block changes in a model besides its parameters: buffers, changed in place
+    """Restores what the block changes in a model besides its parameters: buffers, changed in place
     or replaced, and tensors and numbers among the attributes of its modules (counters, memories).
     """
     with ExitStack() as stack:

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from nerve.measuring.given import (
     Loaded,
     check_batches,
     check_given,
+    explicit,
     require_model,
     series_of,
 )
@@ -28,12 +30,25 @@ from nerve.measuring.streams import count_tokens
 from nerve.progress import Progress, shown, unseen
 from nerve.recording.cadence import WeightedMean, loss_of
 from nerve.recording.digest import SampleDigests
-from nerve.recording.given import check_labels, check_stored, recorded_arguments
+from nerve.recording.given import (
+    check_labels,
+    check_stored,
+    check_token_counts,
+    recorded_arguments,
+)
 from nerve.recording.measured_run import MeasuredRun, measured_run
 from nerve.recording.run import seed_of
 from nerve.recording.settings import require_shortcut
 
+_FIND = "Give ffns=nerve.find_ffns(model, batch, {}=…)."
 
+
+@explicit(
+    layers=_FIND.format("layers"),
+    select=_FIND.format("select"),
+    config="Give labels=, which distinguish your runs.",
+    source="The batches are measured in eval mode.",
+)
 def measure(
     model: nn.Module | Iterable[tuple[int, Loaded]],
     batches: Iterable[Any],
@@ -70,16 +85,18 @@ def measure(
             several passes, they are iterated more than once and therefore kept in memory.
         into: a new run directory, where the results are stored in the same format as those of a
             training run, with the validation loss if the model returns a `loss` (weighted by
-            `n_targets` if it returns that, too). The configuration of the run has `model`, the
-            model's own configuration or its class; `weights` (per step), `batches` and `masks` (of
-            `mask`), digests; and `measure`, the arguments, with the layers and names of `ffns`.
-            What `forward` does is not recorded. `tokens_seen` is 0, since it is unknown.
+            `n_targets` if it returns that, too); comparisons leave out runs without a loss. The
+            configuration of the run has `model`, the model's own configuration or its class;
+            `weights` (per step), `batches` and `masks` (of `mask`), digests; and `measure`, the
+            arguments, with the layers and names of `ffns`. What `forward` does is not recorded.
+            `tokens_seen` is 0, since it is unknown.
         step: the training step of a single model that is stored with `into`.
         labels: further properties of the run, by name; they become columns of `nerve.load_runs` and
             identify the run with the arguments. A `seed`, if it is an integer, is the seed of the
             run.
-        fingerprints: hashes of the `corpus` and the `tokenizer` of the batches, under these names;
-            stored in the record, as `nerve-run` does, and in the configuration.
+        fingerprints: hashes, or other texts, that identify the `corpus` and the `tokenizer` of the
+            batches, under these names; stored in the record, as nerve-run does, and as `text` in
+            the configuration. Comparisons never pool runs that differ in them.
         spectra: whether to store the eigenvalues, too; `auto` for d_ff up to 1024.
         resume: continues the run in `into`, whether or not it is done: steps that it already has
             are neither loaded nor measured again. Labels, fingerprints, batches and arguments must
@@ -124,14 +141,17 @@ def measure(
         participation ratio (pr), eigenvalue early enrichment (eee), total variance, corrected pr,
         and the variance shares of the farthest sample, of the farthest 0.1% and of the mean, each
         _pre and _post; Jensen-Shannon divergence (js, nats); variance_outside; precision and
-        status. Values that cannot be measured are NaN, and status gives the reason. `outliers`
-        names the sites whose spectrum may be dominated by a few samples. For a series, the first
-        column is the step; steps that were stored before have no rows.
+        status. Values that cannot be measured are NaN, and status gives the reason. Then the
+        derived columns of `nerve.load_metrics`: exp_se, pr_gain, delta_eee and others, `outliers`,
+        which names the sites whose spectrum may be dominated by a few samples, and `sampling`, by
+        N/D (missing with `groups=["halves"]`: `nerve.load_metrics` then rates by these). For a
+        series, the first column is the step; steps that were stored before have no rows.
 
     Raises:
         ConfigError: for a model, function or description of the wrong kind, duplicate steps, a
             single batch instead of a list, or labels with a reserved name.
-        StoreError: if the directory holds another run, or one that is done.
+        StoreError: if the directory holds another run, or without `resume` one that has measured
+            something.
         MeasurementError: for a model without FFNs, no batches, or features, masks or descriptions
             that are inconsistent.
     """
@@ -142,12 +162,13 @@ def measure(
     check_stored(into, step, spectra, resume, groups, sites, is_series=is_series)
     require_shortcut("shortcut", shortcut)
     check_labels(into, labels, fingerprints)
+    check_token_counts(groups, token_counts, are_counted=True)
     labels, text = dict(labels or {}), dict(fingerprints or {})
     given = recorded_arguments(
         exclude=exclude,
         only_labeled=only_labeled,
         ffns=ffns,
-        token_counts=token_counts if "frequency" in groups else None,
+        token_counts=token_counts,
     )
     if "frequency" in groups and token_counts is None:
         batches = list(batches)
@@ -218,18 +239,29 @@ def _measure_new(
                 samples.mask(batch)
             samples.add(batch)
         run.require_same(samples.as_config())
-    frames = []
+    frames = [_frame_of((), 0, how, is_series=is_series)]
     for at, loaded in series:
         if run is not None and at in run.steps:
             continue
         tell = _prefixed(progress, f"step {at}: " if is_series else "")
         found = measure_one(loaded, batches, how, progress=tell, run=run, step=at, **given)
-        frames.append(frame_of(found))
+        frames.append(_frame_of(found, at, how, is_series=is_series))
         if is_series:
-            frames[-1].insert(0, "step", at)
             del loaded
             gc.collect()  # hooks and graphs may keep a model until then
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+    return pd.concat(frames[1:] or frames, ignore_index=True)
+
+
+def _frame_of(
+    spectra: Iterable[FFNSpectra], step: int, how: How, *, is_series: bool
+) -> pd.DataFrame:
+    """The rows of a model; those of a series with their step."""
+    rows = frame_of(spectra)
+    if "halves" in how.grouped.groupings:  # then nerve.load_metrics judges from these
+        rows = rows.assign(sampling=np.array(np.nan, object))
+    if is_series:
+        rows.insert(0, "step", step)
+    return rows
 
 
 def measure_one(

@@ -1,7 +1,6 @@
 """The run of a model that is measured without being trained, at one or more of its steps."""
 
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -23,8 +22,6 @@ OWN = ("model", "weights", "batches", "masks", "measure", "text")
 _FOUND = ("model", "weights", "batches", "masks")
 """Those that are known only when a model is measured."""
 
-BEAT_EVERY_S = 10.0
-
 _MOST_SHOWN = 5
 """Number of different values that an error names."""
 
@@ -38,25 +35,18 @@ class MeasuredRun:
     """
 
     def __init__(
-        self, recorded: RecordedRun, asked: Mapping[str, Any], spectra: bool | str
+        self, recorded: RecordedRun, requested: Mapping[str, Any], spectra: bool | str
     ) -> None:
         self._record = recorded.record
         self._writer = SpectraWriter(recorded.store, (), spectra)
-        self._own_model = "model" not in asked
+        self._own_model = "model" not in requested
         known = recorded.record.config
-        self._config = {**asked, **{key: known[key] for key in _FOUND if key in known}}
-        self._heard = time.monotonic()
+        self._config = {**requested, **{key: known[key] for key in _FOUND if key in known}}
 
     @property
     def steps(self) -> dict[int, str]:
         """The steps that are measured and stored, each with the digest of its weights."""
         return _steps_of(self._config)
-
-    def beat(self) -> None:
-        """Updates the run's heartbeat at intervals; call it often."""
-        if time.monotonic() - self._heard > BEAT_EVERY_S:
-            self._heard = time.monotonic()
-            self._record.update()
 
     def require_same(self, samples: Mapping[str, str]) -> None:
         """Raises `StoreError` if the batches or masks, given by their digests, differ from those of
@@ -123,16 +113,16 @@ class Measured(NamedTuple):
     is_done: bool = False
 
 
-def measured_of(directory: str | os.PathLike[str], asked: Mapping[str, Any]) -> Measured:
+def measured_of(run: RunDirectory, requested: Mapping[str, Any]) -> Measured:
     """What a directory holds of the requested run.
 
     Raises:
         StoreError: if the directory holds another run.
     """
-    record = RunDirectory(directory).record
+    record = run.record
     if record is None:
         return Measured({})
-    different = differences(_asked_of(record.config, asked), asked)
+    different = differences(_requested_part(record.config, requested), requested)
     if different:
         names = ", ".join(different[:_MOST_SHOWN])
         if len(different) > _MOST_SHOWN:
@@ -140,14 +130,14 @@ def measured_of(directory: str | os.PathLike[str], asked: Mapping[str, Any]) -> 
         raise StoreError(
             f"A directory can hold only one run; {record.directory} holds run {record.run_id} "
             f"({record.run_status}) with different values of {names}. "
-            "Choose another directory, or delete that one."
+            f"Choose {run.ANOTHER}, or delete that one."
         )
     return Measured(_steps_of(record.config), record.started, record.run_status == "done")
 
 
-def _asked_of(config: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+def _requested_part(config: Mapping[str, Any], requested: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without the keys that the run fills in itself."""
-    return {key: value for key, value in config.items() if key in asked or key not in _FOUND}
+    return {key: value for key, value in config.items() if key in requested or key not in _FOUND}
 
 
 def _steps_of(config: Mapping[str, Any]) -> dict[int, str]:
@@ -158,7 +148,7 @@ def _steps_of(config: Mapping[str, Any]) -> dict[int, str]:
 @contextmanager
 def measured_run(
     directory: str | os.PathLike[str],
-    asked: Mapping[str, Any],
+    requested: Mapping[str, Any],
     spectra: bool | str,
     *,
     resume: bool,
@@ -168,10 +158,10 @@ def measured_run(
 
     Args:
         directory: the run directory.
-        asked: the part of the configuration that is known in advance.
+        requested: the part of the configuration that is known in advance.
         spectra: whether eigenvalues are stored, as in `SpectraWriter`.
-        resume: whether to continue an existing run. Otherwise a run that is done is refused, and
-            one that is not starts over.
+        resume: whether to continue an existing run. Otherwise a run that has measured something is
+            refused.
         first: fields of a new run's record, such as `fingerprints`.
 
     Raises:
@@ -179,15 +169,17 @@ def measured_run(
     """
     known = RunDirectory(directory).record
     found = {} if known is None else known.config
-    config = {**{key: found[key] for key in _FOUND if key in found}, **asked}
-    with recorded_run(directory, config, goes_on=resume, **first) as run:
+    config = {**{key: found[key] for key in _FOUND if key in found}, **requested}
+    with recorded_run(
+        directory, config, resume=resume, how_to_resume="resume=True", **first
+    ) as run:
         if run is None:
             yield None
             return
         if not resume:
             run.store.truncate_after(-1)
-            run.record.update(config=dict(asked))
-        yield MeasuredRun(run, asked, spectra)
+            run.record.update(config=dict(requested))
+        yield MeasuredRun(run, requested, spectra)
 
 
 def _config_of(model: nn.Module) -> Any:

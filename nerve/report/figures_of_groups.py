@@ -26,7 +26,7 @@ from nerve.report.style import (
     say_empty,
     scale_by_ratio,
 )
-from nerve.sites_and_groups import GROUP_SITES, GROUPS, POOLED, SITES
+from nerve.sites_and_groups import GROUP_SITES, GROUPINGS, POOLED, SITES
 
 SHOWN = ("se", "pr", "eee")
 """The metrics of the small multiples, one per row."""
@@ -51,7 +51,7 @@ position has few samples, so only its ratio to equally many others is meaningful
 def groups_by_depth(groups: pd.DataFrame, grouping: str, title: str) -> Figure:
     """SE, PR and EEE of the groups of one grouping, layer by layer: pre on the left, post on the
     right; gray, all samples together."""
-    names = [name for name in GROUPS[grouping] if name in set(groups["group"])]
+    names = [name for name in GROUPINGS[grouping] if name in set(groups["group"])]
     colors = dict(zip(names, LEVEL_COLORS, strict=False))
     figure, panels = new_figure(len(SHOWN), len(SITES), title, width=4.2, height=2.4)
     cells = [(metric, site) for metric in SHOWN for site in SITES]

@@ -24,7 +24,7 @@ from nerve.report.style import (
     name_axes,
     new_figure,
     outside_legend,
-    plain,
+    plain_text,
     say_empty,
     scale_by_ratio,
     spread,
@@ -174,7 +174,7 @@ def training(
     name_axes(panels[1], "step", "lr", "learning rate of the hidden weights")
     for panel, (name, rows) in zip(panels[2:], others, strict=False):
         panel.plot(rows["step"], rows["value"], color=LOSS_COLOR, marker=".")
-        name_axes(panel, "step", plain(name), plain(name))
+        name_axes(panel, "step", plain_text(name), plain_text(name))
     for panel in panels[n_panels:]:
         panel.remove()
     outside_legend(figure, entries)

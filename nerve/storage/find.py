@@ -53,7 +53,7 @@ def find_runs(path: AnyPath | Iterable[AnyPath]) -> list[Path]:
         raise StoreError(
             f"A run directory contains {RECORD_NAME}; none was found under "
             f"{', '.join(map(str, roots)) or 'no path'}. Pass the directory to which runs were "
-            "written (hydra.run.dir, hydra.sweep.dir)."
+            "written."
         )
     return runs
 

@@ -47,7 +47,16 @@ that earlier runs keep their ids. A key without such a value must not be listed 
 earlier runs different ones. In a configuration that nerve-run did not write, only the keys of
 `monitor` are ignored: `nerve.watch` and `nerve.SpectralCallback` record the same settings there."""
 
-GROUPS = ("model", "normalization", "activation", "ffn", "optimizer", "data", "monitor", "trainer")
+ORIGINAL_GROUPS = (
+    "model",
+    "normalization",
+    "activation",
+    "ffn",
+    "optimizer",
+    "data",
+    "monitor",
+    "trainer",
+)
 """Keys that every configuration of nerve-run has had since the first version."""
 
 BESIDE: dict[str, tuple[str, str | None]] = {
@@ -133,7 +142,7 @@ def differences(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str
 
 def is_of_nerve_run(config: Mapping[str, Any]) -> bool:
     """Whether nerve-run wrote a configuration."""
-    return all(isinstance(config.get(group), _MAPPINGS) for group in GROUPS)
+    return all(isinstance(config.get(group), _MAPPINGS) for group in ORIGINAL_GROUPS)
 
 
 def completed(config: Mapping[str, Any]) -> Mapping[str, Any]:

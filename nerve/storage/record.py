@@ -28,8 +28,9 @@ FIXED = ("directory", "run_id", "config_id", "design_id", "started")
 class RunRecord:
     """The record of one run; `create`, `update`, `restart` and `finish` write it atomically.
 
-    Times are ISO 8601 in UTC; `heartbeat` is when the record was last written. `error` has `type`
-    and `message`. `job` holds the cluster's names for the run, `fingerprints` the hashes of
+    Times are ISO 8601 in UTC; `heartbeat` is when the record was last written, and `advanced` when
+    a heartbeat last found another step, or the run was last started. `error` has `type` and
+    `message`. `job` holds the cluster's names for the run, `fingerprints` the hashes of
     `corpus`, `tokenizer` and `heldout`, `final` the last losses (`val_loss`, `bits_per_byte`, …),
     `pre_scales` the factors by which `model.pre_std` multiplied initial weights (`ffn/00`, …).
     `design_id` is `config_id` without the seed; it is not stored. `wandb_id` is the id of the run
@@ -50,6 +51,7 @@ class RunRecord:
     error: dict[str, str] | None = None
     started: str
     heartbeat: str
+    advanced: str | None = None
     ended: str | None = None
     restarts: int = 0
     job: dict[str, Any] | None = None
@@ -102,7 +104,7 @@ class RunRecord:
                 f"A directory can hold only one run; {path} is the record of another. Resume that "
                 "run, or choose a new directory."
             )
-        now = _now()
+        started = now()
         own_id, design_id = ids_of_plain(to_json(config))
         record = cls(
             directory=path.parent,
@@ -111,8 +113,9 @@ class RunRecord:
             design_id=design_id,
             config=dict(config),
             run_status="running",
-            started=now,
-            heartbeat=now,
+            started=started,
+            heartbeat=started,
+            advanced=started,
             host=socket.gethostname(),
             git_commit=git_commit(),
         )
@@ -175,13 +178,14 @@ class RunRecord:
             ids = ids_of_plain(to_json(changes["config"]))
             changes["config_id"], changes["design_id"] = ids
         with _UPDATING:
-            before = dict(vars(self))
-            vars(self).update({"heartbeat": _now(), **changes})
+            changes = {"heartbeat": now(), **changes}
+            before = {name: getattr(self, name) for name in changes}
+            vars(self).update(changes)
             try:
                 check_fields(vars(self))
                 self._write()
             except BaseException:
-                vars(self).update(before)
+                vars(self).update(before)  # the others may have been set by another thread
                 raise
 
     def restart(self, **changes: Any) -> None:
@@ -191,12 +195,13 @@ class RunRecord:
         """
         host = socket.gethostname()
         again: dict[str, Any] = {"run_status": "running", "error": None, "ended": None}
-        self.update(**again, restarts=self.restarts + 1, host=host, **changes)
+        n, at = self.restarts + 1, now()
+        self.update(**again, restarts=n, host=host, advanced=at, **changes)
 
     def finish(self, run_status: str, error: BaseException | None = None, **changes: Any) -> None:
         """Ends the run as `done`, `failed` or `interrupted`, with the error if there was one."""
         named = error and {"type": type(error).__name__, "message": str(error)}
-        self.update(run_status=run_status, error=named, ended=_now(), **changes)
+        self.update(run_status=run_status, error=named, ended=now(), **changes)
 
     def _write(self) -> None:
         own = {name: value for name, value in vars(self).items() if name in _WRITTEN}
@@ -214,5 +219,6 @@ def require_columns(config: Mapping[str, Any]) -> None:
     require_distinct(config, {entry.name for entry in fields(RunRecord)})
 
 
-def _now() -> str:
+def now() -> str:
+    """The current time, in the format of records."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,4 +1,4 @@
-"""The file `run.json`: how it is written, read and verified, and what is said of a damaged one."""
+"""The file `run.json`: how it is written, read and verified, and the errors for a damaged one."""
 
 import contextlib
 import json

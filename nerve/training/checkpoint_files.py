@@ -147,12 +147,12 @@ def weights_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     if "state_dict" not in checkpoint:
         return dict(checkpoint)
     states = checkpoint["state_dict"]
-    said = ("run_id", "config_id", "config")
+    names = ("run_id", "config_id", "config")
     return {
         "model": {name.removeprefix(_MODULE): states[name] for name in states},
         "facts": checkpoint["facts"],
         "step": checkpoint["global_step"],
-        **{name: checkpoint[name] for name in said if name in checkpoint},
+        **{name: checkpoint[name] for name in names if name in checkpoint},
     }
 
 

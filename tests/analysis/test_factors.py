@@ -22,8 +22,8 @@ from nerve.analysis.groups import contrast_groups, contrasts, pr_of_groups
 from nerve.analysis.leaves import RECORDED
 from nerve.analysis.load import load_runs
 from nerve.analysis.scaling import fit_width_scaling
-from nerve.sites_and_groups import GROUP_SITES, GROUPS, POOLED
-from nerve.storage.identity import GROUPS as KEYS_OF_NERVE_RUN
+from nerve.sites_and_groups import GROUP_SITES, GROUPINGS, POOLED
+from nerve.storage.identity import ORIGINAL_GROUPS
 
 RECORD = {"run_id": "r", "sweep": "s", "step": 1, "final.val_loss": 1.0, "versions.torch": "2"}
 
@@ -51,7 +51,7 @@ def test_factors_are_the_leaves_that_vary_design_factors_first():
     assert factors.together == {}
 
 
-OF_NERVE_RUN = {f"{group}.x": 1 for group in KEYS_OF_NERVE_RUN}
+OF_NERVE_RUN = {f"{group}.x": 1 for group in ORIGINAL_GROUPS}
 
 
 def test_seeds_results_places_and_targets_are_no_factors():
@@ -212,7 +212,9 @@ def test_taken_names_are_exactly_the_columns_of_results_with_factors(tables):
     `clock` is a null model beside the factors, and `points` a column of a report."""
     metrics, runs = tables({"rows": [{"step": 0, "val_loss": 6.0}, {"step": 1}]})
     pairs = {(site, group) for _, site, *groups in contrasts() for group in groups}
-    pairs |= {(site, part) for site in GROUP_SITES for parts in GROUPS.values() for part in parts}
+    pairs |= {
+        (site, part) for site in GROUP_SITES for parts in GROUPINGS.values() for part in parts
+    }
     pairs |= {(site, POOLED) for site in GROUP_SITES}
     at = {"run_id": "run0", "step": 1, "layer": 0, "ffn": "ffn", "pr": 2.0}
     groups = pr_of_groups(

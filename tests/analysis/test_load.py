@@ -29,11 +29,11 @@ from nerve.analysis.load import (
 )
 from nerve.errors import ConfigError, StoreError
 from nerve.storage.find import FingerprintWarning, IncompleteWarning
-from nerve.storage.identity import GROUPS, completed, config_id
+from nerve.storage.identity import ORIGINAL_GROUPS, completed, config_id
 from nerve.storage.parts import DamagedPartWarning, read_part
 from nerve.storage.record import RunRecord
 from nerve.storage.record_file import DamagedRecordWarning
-from nerve.storage.schema import DATASETS, METRICS
+from nerve.storage.schema import DATASETS, METRICS_SCHEMA
 from nerve.storage.store import RunStore
 
 HALVES = [
@@ -120,7 +120,7 @@ def test_one_row_per_run_with_a_column_for_each_leaf(sweep, tmp_path):
 
 def test_runs_that_differ_in_their_seed_alone_share_a_design(tmp_path, make_run):
     """Also if values that nerve-run excludes, such as threads, differ, but not if a factor does."""
-    of_nerve_run = {group: {"x": 1} for group in GROUPS}
+    of_nerve_run = {group: {"x": 1} for group in ORIGINAL_GROUPS}
     configs = [
         {**of_nerve_run, "ffn": {"width": 4}, "seed": 0},
         {**of_nerve_run, "ffn": {"width": 4}, "seed": 1, "threads": 2},
@@ -239,7 +239,7 @@ def test_a_damaged_part_is_named_at_the_callers_line(sweep, tmp_path):
 
 def test_a_part_with_one_changed_byte_in_a_page_is_named(sweep, tmp_path):
     part = sorted((tmp_path / "sweep" / "b" / "metrics").iterdir())[0]
-    chunk = pq.read_metadata(part).row_group(0).column(METRICS.names.index("se_pre"))
+    chunk = pq.read_metadata(part).row_group(0).column(METRICS_SCHEMA.names.index("se_pre"))
     content = bytearray(part.read_bytes())
     content[chunk.data_page_offset + chunk.total_compressed_size - 1] ^= 1
     part.write_bytes(content)
@@ -553,7 +553,7 @@ def test_rows_are_those_of_each_configuration_whatever_others_have(
     """Groups that are equal, that only look equal, and that lack keys which were added later; more
     of them than are remembered."""
     monkeypatch.setattr(run_rows, "_MOST_LEAVES", most)
-    of_nerve_run = {group: {"x": 1} for group in GROUPS}
+    of_nerve_run = {group: {"x": 1} for group in ORIGINAL_GROUPS}
     values = [{"x": 1}, {"x": True}, {"x": 1.0}, {"x": "1"}, {"x": None}, {"x": [1]}, {}, 1, "1"]
     configs = [{"a": value, "b": {"c": {"d": i % 2}}} for i, value in enumerate(values * 2)]
     configs += [{**of_nerve_run, "monitor": {"x": 1, **more}} for more in ({}, {"skip_first": 5})]

@@ -239,6 +239,7 @@ def test_other_text_and_another_tokenizer_are_other_runs(tmp_path):
             status, _, err = nerve_probe("model", *asked, "-o", "out")
             assert status == 1
             assert "A directory can hold only one run; out holds run" in err
+            assert "Choose another directory with -o, or delete that one." in err
     with pytest.warns(nerve.FingerprintWarning):
         runs = nerve.load_runs("outputs")
     assert runs["config_id"].nunique() == 3

@@ -90,8 +90,7 @@ class Training(L.LightningModule):
 def in_lightning(
     directory: Path, model: Net, *, accumulate: int = 1, source: str, **asked
 ) -> pd.DataFrame:
-    store = nerve.RunStore(directory, nerve.RunRecord.create(directory, {}).run_id)
-    monitor = nerve.SpectralMonitor(store, every_n_steps=3, source=source, **asked)
+    monitor = nerve.SpectralMonitor(directory, every_n_steps=3, source=source, **asked)
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=N_STEPS,
@@ -318,7 +317,6 @@ def killed(directory: str) -> None:
 
 
 def test_a_killed_loop_keeps_its_rows_and_is_resumed(tmp_path):
-    """Without a checkpoint, the run and its rows start over."""
     train(tmp_path / "whole", network(), source="heldout", save_at=4)
     whole, cut = nerve.load_metrics(tmp_path / "whole"), tmp_path / "cut"
     cut.mkdir()
@@ -331,16 +329,20 @@ def test_a_killed_loop_keeps_its_rows_and_is_resumed(tmp_path):
     assert_same(nerve.load_metrics(cut), whole)
 
 
-def test_without_a_checkpoint_a_run_starts_over_unless_it_is_done(tmp_path, caplog):
+def test_without_a_checkpoint_a_run_is_not_started_over(tmp_path):
+    """Whether it has failed after its first measurement or is done."""
     with pytest.raises(ValueError, match="no"):
         train(tmp_path, network(), within=raising(ValueError("no")))
-    train(tmp_path, network())
-    assert "starts over" in caplog.text
-    assert sorted(set(nerve.load_metrics(tmp_path)["step"])) == [0, 3, 6]
-    with pytest.raises(StoreError, match=r"done\..*another directory"):
+    with pytest.raises(
+        StoreError, match=r"failed, with 2 measured steps\. .*resume= and the state"
+    ):
         train(tmp_path, network())
-    with pytest.raises(StoreError, match="every_n_steps"):
-        train(tmp_path, network(), every_n_steps=2)
+    assert sorted(set(nerve.load_metrics(tmp_path)["step"])) == [0, 3]
+    train(tmp_path / "whole", network())
+    with pytest.raises(StoreError, match=r"is done, .*another directory"):
+        train(tmp_path / "whole", network())
+    with pytest.raises(StoreError, match=r"every_n_steps.*\. Choose another directory, or delete"):
+        train(tmp_path / "whole", network(), every_n_steps=2)
 
 
 def test_a_run_that_goes_on_has_no_final_values_until_it_ends(tmp_path):
@@ -911,7 +913,7 @@ def raising_once(error: BaseException) -> Callable[..., None]:
         ({"heldout": torch.zeros(3, 4)}, "list of batches"),
         ({"heldout": []}, "got none"),
         ({"config": {"monitor": 1}}, "another name"),
-        ({"every_n_steps": 0}, "every_n_steps"),
+        ({"every_n_steps": 0}, "^every_n_steps must be"),
         ({"colour": 1}, "colour"),
         ({"config": "mine"}, "config must be a mapping by name.*got str 'mine'"),
         ({"optimizer": "sgd"}, "optimizer must be the optimizer of the loop.*got str 'sgd'"),

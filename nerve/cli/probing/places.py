@@ -15,7 +15,7 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?")
 
 _MEASURED_BY = {"probe": "nerve-probe", "measure": "nerve.measure"}
-"""What each tool writes into the configuration of its runs, and nerve-run does not."""
+"""The key that each tool adds to the configuration of its runs."""
 
 
 def expanded(models: Sequence[str]) -> list[str]:
