@@ -29,6 +29,7 @@ from nerve.measuring.given import check_given, explicit
 from nerve.measuring.masks import Masks
 from nerve.measuring.messages import gathered
 from nerve.measuring.processes import n_processes
+from nerve.measuring.unchanged import RandomStates
 from nerve.recording.given import check_token_counts, watched_config
 from nerve.recording.settings import MonitorSettings
 from nerve.recording.writer import is_measured, monitored_values
@@ -144,6 +145,7 @@ class SpectralCallback(TrainerCallback):
             "fingerprints": fingerprints,
         }
         self._opened = OpenRun()
+        self._random_states: RandomStates | None = None
         self._states = TrainerStates(self._run)
         # The Trainer does not notify callbacks of exceptions.
         weakref.finalize(self, OpenRun.give_up, self._opened)
@@ -196,6 +198,7 @@ class SpectralCallback(TrainerCallback):
         losses = StepLosses(model, of_all=args.average_tokens_across_devices)
         self._opened.losses = losses
         self._opened.restore = partial(setattr, args, "eval_on_start", args.eval_on_start)
+        self._keep_random_states(is_own=args.eval_on_start)
         args.eval_on_start = args.eval_on_start or loop.awaits_evaluation
 
     def on_step_end(
@@ -211,6 +214,7 @@ class SpectralCallback(TrainerCallback):
             loop.end_step()
             if state.global_step >= state.max_steps or control.should_training_stop:
                 loop.measure_last()
+            self._keep_random_states(is_own=control.should_evaluate)
             if loop.awaits_evaluation:
                 control.should_evaluate = True
 
@@ -231,6 +235,9 @@ class SpectralCallback(TrainerCallback):
             return
         metrics = {} if metrics is None else metrics
         self._opened.restore()
+        if self._random_states is not None:
+            self._random_states.restore()
+            self._random_states = None
         with self._watching() as loop:
             if loop.awaits_evaluation:
                 assert loop.features is not None
@@ -263,6 +270,13 @@ class SpectralCallback(TrainerCallback):
         **others: Any,
     ) -> None:
         self._opened.close(None)
+
+    def _keep_random_states(self, *, is_own: bool) -> None:
+        """Notes the random states if the run asks for an evaluation that is none of the Trainer's
+        own, since its loader draws a random number."""
+        loop = self._opened.loop
+        is_ours = loop is not None and loop.awaits_evaluation and not is_own
+        self._random_states = RandomStates() if is_ours else None
 
     @contextmanager
     def _watching(self) -> Iterator[WatchedLoop]:

@@ -7,7 +7,7 @@ a second pass has random values in place of these outputs.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -18,8 +18,9 @@ from torch.utils.checkpoint import CheckpointError
 from torch.utils.hooks import RemovableHandle
 
 from nerve.measuring.ffns import argument, declared_widths
-from nerve.measuring.link import Leaf, Link, link_of, rows_of
+from nerve.measuring.link import Finding, Leaf, Link, link_of, rows_of
 from nerve.measuring.slices import Products
+from nerve.measuring.unusual import may_be_unusual, unusual_link
 
 
 @dataclass
@@ -96,6 +97,21 @@ class Dependence:
             self.n_links |= self._now  # the larger count
             self._now.clear()
 
+    def reaches(self, tensor: Tensor, modules: Collection[nn.Module]) -> bool:
+        """Whether a tensor of the current pass depends on the output of one of these projections;
+        True if that cannot be determined."""
+        outputs = [leaf.tensor for leaf in self._leaves if leaf.module in modules]
+        if not tensor.requires_grad or not outputs:
+            return False
+        self._asks = True
+        try:
+            given = torch.autograd.grad(tensor.sum(), outputs, retain_graph=True, allow_unused=True)
+        except RuntimeError:
+            return True
+        finally:
+            self._asks = False
+        return any(each is not None for each in given)
+
     def forget(self) -> None:
         """Discards everything that was recorded."""
         self.links.clear()
@@ -126,8 +142,9 @@ class Dependence:
             generator = torch.Generator().manual_seed(len(self._leaves))
             leaf = torch.randn(leaf.shape, generator=generator).to(leaf)
         leaf.requires_grad_()
-        self._leaves.append(Leaf(module, leaf))
-        return leaf.clone()  # a nonlinearity may overwrite it
+        given = leaf.clone()  # a nonlinearity may overwrite it
+        self._leaves.append(Leaf(module, leaf, given, given.grad_fn))
+        return given
 
     def _take_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         features = argument(args, kwargs)
@@ -140,14 +157,18 @@ class Dependence:
         rows = rows_of(features, module)
         width = rows.shape[1]
         fitting = {leaf.rows.shape[1] for leaf in self._leaves if len(leaf.rows) == len(rows)}
-        if len(rows) < 2 or not fitting & {width, 2 * width}:
+        is_usual = bool(fitting & {width, 2 * width})
+        if len(rows) < 2 or not (is_usual or may_be_unusual(module, rows, self._leaves)):
             return
         if not features.requires_grad:
             self._hide(module)
             return
         self._asks = True  # activation checkpointing reruns part of the model for it
         try:
-            link, doubted = link_of(module, rows, self._leaves, self.is_gate)
+            link, doubted = Finding()
+            if is_usual:
+                link, doubted = link_of(module, rows, self._leaves, self.is_gate)
+            link = link or unusual_link(module, rows, self._leaves)
         except CheckpointError:
             self._hide(module)
             return

@@ -116,7 +116,10 @@ def _of_slices(tree: Tree, usual: Link) -> Experts:
 def _of_list(seen: Seen, of_list: nn.Module, inner: Sequence[str], usual: Link) -> Experts:
     links, labels = [], []
     for label, item in of_list.named_children():
-        modules = [item.get_submodule(path) if path else item for path in inner]
+        parts = dict(item.named_modules())
+        if not all(path in parts for path in inner):  # of another kind
+            continue
+        modules = [parts[path] for path in inner]
         other = None if usual.other is None else replace(usual.other, module=modules[1])
         pre = replace(usual.pre, module=modules[0])
         links.append(replace(usual, pre=pre, post=modules[-1], other=other))

@@ -290,5 +290,7 @@ def named(ffn: FFN) -> str:
 
 
 def _has_weight(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):  # of what a projection returns
+        return True
     held = [*module.parameters(), *module.buffers()]
     return declared_widths(module) is not None or any(tensor.ndim > 1 for tensor in held)

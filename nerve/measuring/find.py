@@ -16,8 +16,8 @@ from nerve.measuring.forward import call
 from nerve.measuring.found import FoundFFNs
 from nerve.measuring.given import require_model
 from nerve.measuring.link import Link
+from nerve.measuring.notes import functional, hidden, path_of, unseen
 from nerve.measuring.places import Place, Tree
-from nerve.measuring.slices import stacked
 from nerve.measuring.streams import tensors_of
 from nerve.measuring.trial import Seen, look_at
 
@@ -94,7 +94,9 @@ def _described(
     through = [each for each in sure if _returns(_one(each))]
     sure = sure if select is not None or not through else through
     taken = {module for each in sure for module in each.modules}
-    maybe = [each for each in chosen if _may_be(_one(each)) and _one(each).post not in taken]
+    others = [each for each in chosen if each not in sure and _one(each).post not in taken]
+    into = {widths.d_out for each in sure if (widths := declared_widths(_one(each).post))}
+    maybe = [each for each in others if _may_be(_one(each), into)]
     numbered = [each for each in chosen if each in sure or each in maybe]
     is_sure = [each in sure for each in numbered]
     names = ["experts" if isinstance(each, Experts) else None for each in numbered]
@@ -113,47 +115,14 @@ def _described(
         gated = each.kind == "gated"
         found.append(FFNAdapter(place.layer, place.name, pre, each.post, n_runs, gated))
     if select is None:
-        unclear += _unseen(tree, seen, taken)
-        unclear += _hidden(tree, [each for each in dependence.hidden if each not in taken])
+        unclear += unseen(tree, seen, taken)
+        unclear += functional(tree, seen)
+        unclear += hidden(tree, [each for each in dependence.hidden if each not in taken])
     return found, tree.paths, unclear
 
 
 def _one(each: Link | Experts) -> Link:
     return each.links[0] if isinstance(each, Experts) else each
-
-
-def _unseen(tree: Tree, seen: Seen, taken: Collection[nn.Module]) -> list[str]:
-    """Stacked parameters that may belong to experts and are not part of an FFN that was found."""
-    lines = []
-    for products in seen.products:
-        known = {
-            name
-            for name, stack in products.stacks.items()
-            if any(each in taken for each in stack.slices)
-        }
-        other = [
-            f"{name} {tuple(parameter.shape)}"
-            for name, parameter in stacked(products.holder)
-            if name not in known and min(parameter.shape[-2:]) > 1
-        ]
-        if other:
-            lines.append(
-                f"# model.{tree.paths[products.holder]}: {', '.join(other)} are stacks of "
-                "matrices; if they belong to experts, no FFN of these was found"
-            )
-    return lines
-
-
-def _hidden(tree: Tree, modules: Sequence[nn.Module]) -> list[str]:
-    """One line for modules that ran where autograd does not record dependence."""
-    if not modules:
-        return []
-    more = f" and {len(modules) - 1} more" if modules[1:] else ""
-    return [
-        f"# model.{tree.paths[modules[0]]}{more}: autograd does not record how their inputs are "
-        "computed (activation checkpointing or no_grad?); turn these off for find_ffns, or "
-        "describe their FFNs by hand"
-    ]
 
 
 def _is_chosen(tree: Tree, link: Link | Experts, select: str | None) -> bool:
@@ -167,10 +136,13 @@ def _returns(link: Link) -> bool:
     return pre is not None and post is not None and pre.d_in == post.d_out
 
 
-def _may_be(link: Link) -> bool:
-    """Whether an unclear candidate has the shape of an FFN."""
+def _may_be(link: Link, into: Collection[int]) -> bool:
+    """Whether a candidate has the shape of an FFN: it is wider inside, and returns to the number of
+    features that it begins with, or that those that were found lead to."""
     post = declared_widths(link.post)
-    return link.kind == "unclear" and _returns(link) and post is not None and post.d_in > post.d_out
+    if post is None or post.d_in <= post.d_out:
+        return False
+    return post.d_out in into or (link.kind == "unclear" and (_returns(link) or not into))
 
 
 def _by_hand(tree: Tree, each: Link | Experts, place: Place) -> str:
@@ -178,7 +150,8 @@ def _by_hand(tree: Tree, each: Link | Experts, place: Place) -> str:
     if isinstance(each, Experts):
         return f"# the experts in model.{tree.holder(each.modules)}: {link.why}"
     pre, post = (f"model.{tree.paths[module]}" for module in (link.pre.module, link.post))
-    return f'nerve.FFNAdapter({place.layer}, "{place.name}", {pre}, {post})  # {link.why}'
+    why = link.why or "it has another number of inputs than of outputs"
+    return f'nerve.FFNAdapter({place.layer}, "{place.name}", {pre}, {post})  # {why}'
 
 
 def _account(paths: Mapping[nn.Module, str], seen: Seen) -> str:
@@ -186,7 +159,7 @@ def _account(paths: Mapping[nn.Module, str], seen: Seen) -> str:
     dependence = seen.dependence
     if not dependence.ran:
         return f"None of its {len(dependence.projections)} projections ran."
-    at = partial(_path_of, paths)
+    at = partial(path_of, paths)
     linear = [
         f"between {' or '.join(map(at, modules))} and {at(post)}"
         for post, modules in dependence.linear.items()
@@ -194,10 +167,6 @@ def _account(paths: Mapping[nn.Module, str], seen: Seen) -> str:
     ran = _listed([*map(at, dependence.ran)])
     none = f" No nonlinearity was seen {_listed(linear)}." if linear else ""
     return f"{len(dependence.ran)} projections ran: {ran}.{none}"
-
-
-def _path_of(paths: Mapping[nn.Module, str], module: nn.Module) -> str:
-    return f"model.{paths[module]}" if paths[module] else "the model"
 
 
 def _listed(texts: Sequence[str]) -> str:

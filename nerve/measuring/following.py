@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nerve.measuring.ffns import Site
-from nerve.measuring.recorded import check_follows, check_is_no_factor
+from nerve.measuring.recorded import check_follows, check_is_no_factor, check_part
 from nerve.measuring.tap import plain
 
 ENOUGH = 64
@@ -76,7 +76,13 @@ class Following:
         return tensor
 
     def end(
-        self, index: int, pre: Tensor | None, post: Any, inputs: Tensor, site: Site, where: str
+        self,
+        index: int,
+        pre: Tensor | None,
+        post: Any,
+        inputs: Tensor,
+        sites: tuple[Site, Site],
+        where: str,
     ) -> bool:
         """Checks that post depends on pre; returns whether autograd was recording only for that.
 
@@ -85,19 +91,22 @@ class Following:
             pre: the result of `recorded`.
             post: the tensor that holds post.
             inputs: what the FFN gets, `[*samples, d_in]`.
-            site: the site of pre.
+            sites: the sites of pre and post.
             where: the FFN, for messages.
 
         Raises:
-            MeasurementError: if it does not, or if pre is the factor that multiplies.
+            MeasurementError: if it does not, if pre is the factor that multiplies, or if it is
+                another part of a projection.
         """
         is_ours = not torch.compiler.is_compiling() and index in self._recording
         if is_ours:
             self._recording.discard(index)
             torch.set_grad_enabled(bool(self._recording))
         if pre is not None:
+            site = sites[0]
             check_follows(pre, post, where)
             if is_ours:
+                check_part(pre, post, sites, where)
                 check_is_no_factor(pre, post, inputs, site, where)
             if pre.numel() >= ENOUGH * pre.shape[site.feature_axis]:
                 self._known.add(index)

@@ -4,17 +4,20 @@ It follows from the derivatives of one projection's input with respect to the ou
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nerve.measuring.ffns import Site, declared_widths, rows_along
-from nerve.measuring.recorded import decides
+from nerve.measuring.recorded import decides, is_scaled, values_kept
 
 N_ELEMENTS = 32
 """Number of elements of the input whose derivatives show which features they depend on."""
+
+_RECENT = 6
+"""Number of the last outputs of projections among which those of an FFN are."""
 
 Kind = Literal["plain", "gated", "unclear"]
 
@@ -73,15 +76,28 @@ class Finding(NamedTuple):
 
 @dataclass
 class Leaf:
-    """The output of a projection as an autograd leaf."""
+    """The output of a projection as an autograd leaf.
+
+    Attributes:
+        module: the projection.
+        tensor: the leaf.
+        given: the copy of it with which the model continues.
+        node: the operation that made the copy; None where autograd does not record.
+    """
 
     module: nn.Module
     tensor: Tensor
+    given: Tensor
+    node: torch.autograd.graph.Node | None
 
     @property
     def rows(self) -> Tensor:
         """`[samples, features]`."""
-        return rows_of(self.tensor, self.module)
+        return self.like_rows(self.tensor)
+
+    def like_rows(self, tensor: Tensor) -> Tensor:
+        """A tensor of the same axes, as `rows`."""
+        return rows_of(tensor, self.module)
 
 
 def link_of(
@@ -125,6 +141,8 @@ def link_of(
         return Finding(_several(post, h, sources, reached, chosen), doubted)
     if len(sources) == 1 and sources[0].rows.shape[1] == 2 * width:
         fused = _fused(post, h, finite, sources[0], reached[0], chosen, is_gate)
+        if fused is not None:
+            fused = _unscaled(fused, h, sources)
         return Finding(fused, whole if fused is None else doubted)
     if any(leaf.rows.shape[1] != width for leaf in sources):
         return Finding(doubted=doubted)
@@ -135,10 +153,28 @@ def link_of(
     d = [rows_of(slope, leaf.module)[finite] for slope, leaf in zip(slopes, sources, strict=True)]
     x = [leaf.rows.detach()[finite] for leaf in sources]
     if len(sources) == 1:
-        if torch.allclose(d[0], d[0][:1].expand_as(d[0]), rtol=1e-6, atol=0):
-            return Finding(doubted=whole)
-        return Finding(Link(sites[0], post, None, "plain"), doubted)
-    return Finding(_gated(post, h, finite, sources, sites, x, d, is_gate), doubted)
+        if any(
+            torch.allclose(d[0], c.expand_as(d[0]), rtol=1e-6, atol=0)
+            for c in (d[0][:1], d[0][:, :1])
+        ):
+            return Finding(doubted=whole)  # linear, also with a factor for each sample (a mask)
+        return Finding(_unscaled(Link(sites[0], post, None, "plain"), h, sources), doubted)
+    gated = _gated(post, h, finite, sources, sites, x, d, is_gate)
+    return Finding(_unscaled(gated, h, sources), doubted)
+
+
+def _unscaled(link: Link, h: Tensor, sources: list[Leaf]) -> Link:
+    """The link, unclear if what the nonlinearity receives is pre scaled feature by feature."""
+    leaf = next(each for each in sources if each.module is link.pre.module)
+    if link.kind == "unclear" or leaf.node is None:
+        return link
+    if not is_scaled(h, leaf.node, link.pre.feature_axis):
+        return link
+    why = (
+        "its output is scaled feature by feature before the nonlinearity, whose input is pre: "
+        'nerve.Site(activation, "input")'
+    )
+    return replace(link, kind="unclear", why=why)
 
 
 def _several(
@@ -225,11 +261,13 @@ def _gated(
 
 def _curves(h: Tensor, finite: Tensor, leaf: Leaf, part: slice) -> bool:
     """Whether the slope of h along a part of a leaf depends on that part, in finite samples."""
-    (slope,) = torch.autograd.grad(h.sum(), leaf.tensor, create_graph=True)
-    if slope.grad_fn is None:
-        return False
-    rows = rows_of(slope, leaf.module)[finite][:, part]
-    (second,) = torch.autograd.grad(rows.sum(), leaf.tensor, retain_graph=True, allow_unused=True)
+    with values_kept([leaf.given]):
+        (slope,) = torch.autograd.grad(h.sum(), leaf.tensor, create_graph=True)
+        if slope.grad_fn is None:
+            return False
+        rows = rows_of(slope, leaf.module)[finite][:, part]
+        of = rows.sum()
+        (second,) = torch.autograd.grad(of, leaf.tensor, retain_graph=True, allow_unused=True)
     if second is None:
         return False
     return bool((rows_of(second, leaf.module)[finite][:, part] != 0).any())
@@ -266,8 +304,12 @@ def _gradients(of: Tensor, leaves: list[Leaf]) -> list[Any]:
     """The derivatives along the leaves; None where there is no graph. In samples that are NaN they
     are 0."""
     tensors = [leaf.tensor for leaf in leaves]
-    given = torch.autograd.grad(of, tensors, retain_graph=True, allow_unused=True)
-    return [None if each is None else each.masked_fill(each.isnan(), 0) for each in given]
+    with values_kept([leaf.given for leaf in leaves[-_RECENT:]]):
+        given = torch.autograd.grad(of, tensors, retain_graph=True, allow_unused=True)
+        # Copies, since they may be what is overwritten.
+        return [
+            None if each is None else each.detach().masked_fill(each.isnan(), 0) for each in given
+        ]
 
 
 def _only_at(reached: Tensor, chosen: tuple[Tensor, Tensor], offsets: list[int]) -> bool:

@@ -290,9 +290,9 @@ class Probe:
         if before.version != _version_of(before.pre, self.sites[index][0]):
             raise self._modified(index)
         plain_post = plain(tensor, "post", where)
-        site, site_of_post = self.sites[index]
-        is_new = self._following.end(index, before.recorded, tensor, before.inputs, site, where)
-        post = of_site(plain_post, site_of_post, where)
+        sites = self.sites[index]
+        post = of_site(plain_post, sites[1], where)
+        is_new = self._following.end(index, before.recorded, tensor, before.inputs, sites, where)
         tap(before.inputs, before.pre, post, before.sample, self._order, self._number, index)
         return plain_post if is_new else None
 

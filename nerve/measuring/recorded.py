@@ -3,8 +3,10 @@ autograd: with no matrix in between, and not as on a mere factor."""
 
 import math
 import re
-from collections.abc import Iterable
-from typing import Literal
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,6 +65,60 @@ def check_is_no_factor(pre: Tensor, post: Tensor, inputs: Tensor, site: Site, wh
         )
 
 
+def check_part(pre: Tensor, post: Tensor, sites: tuple[Site, Site], where: str) -> None:
+    """Raises `MeasurementError` if elements of post depend on features beside the part of a fused
+    projection that is described as pre, and on none in it.
+
+    Args:
+        pre: the whole output of the projection, recorded by autograd.
+        post: the whole tensor that holds post, with the graph to it.
+        sites: the sites of pre and post.
+        where: the FFN, for messages.
+    """
+    site = sites[0]
+    with torch.enable_grad():
+        rows = rows_along(post, sites[1].feature_axis)[:, sites[1].part]
+    n, width = rows.shape
+    if site.part == slice(None) or n < _ENOUGH or pre._version:  # overwritten: refused as such
+        return
+    kinds = set()
+    others = _others(pre.shape[site.feature_axis], site.part, pre.device)
+    for column in torch.linspace(0, width - 1, min(_COLUMNS, width)).long().tolist():
+        with torch.enable_grad(), values_kept([pre]):
+            (slope,) = torch.autograd.grad(rows[:, column].sum(), pre, retain_graph=True)
+            hit = (rows_along(slope, site.feature_axis) != 0).any(0)
+        inside, outside = bool(hit[site.part].any()), bool(hit[others].any())
+        kinds.add((inside, outside))
+    # With a gate there are some of both, and some without: of features that are clamped or dead.
+    if (False, True) in kinds and (True, True) not in kinds:
+        raise MeasurementError(
+            f"Pre must be the part of a projection that the nonlinearity receives; {where} has "
+            f"features after the nonlinearity that depend on columns beside {_told(site.part)}, "
+            "and on none in it. Check the slices of pre and post in its description."
+        )
+
+
+_ENOUGH, _COLUMNS = 16, 16
+"""Number of samples that show on which columns each feature depends, and of features examined."""
+
+
+def _told(part: slice) -> str:
+    step = "" if part.step is None else f":{part.step}"
+    return f"[{'' if part.start is None else part.start}:{part.stop or ''}{step}]"
+
+
+@contextmanager
+def values_kept(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Puts back the values of tensors that a derivative taken in the block overwrites, as fused
+    kernels do to save memory in a backward pass that they expect only once."""
+    copies = [each.detach().clone() for each in tensors]
+    try:
+        yield
+    finally:
+        for each, copy in zip(tensors, copies, strict=True):
+            each.data.copy_(copy)  # not counted as a modification
+
+
 def way_from(node: torch.autograd.graph.Node, features: Tensor) -> Way:
     """How `features` depend on the output of `node`: without a matrix in between, or through one.
 
@@ -92,6 +148,57 @@ def _reaches(
     return False
 
 
+_VIEW = re.compile(r"view|reshape|transpose|permute|slice|split|chunk|select|unbind|squeeze|alias")
+_NORM = re.compile(r"batchnorm|batch_norm")
+
+
+def is_scaled(features: Tensor, node: torch.autograd.graph.Node, axis: int) -> bool:
+    """Whether the only operation on a tensor, on the way to features, multiplies it by constants
+    that differ along its feature axis, as batch normalization in eval mode does.
+
+    Args:
+        features: what depends on it.
+        node: the operation that made the tensor.
+        axis: its feature axis, negative.
+    """
+    assert features.grad_fn is not None
+    users = _users(features.grad_fn)
+    found = {*users[node]}
+    while views := {node for node in found if _VIEW.search(node.name().lower())}:
+        found = (found - views) | {user for view in views for user in users[view]}
+    if len(found) != 1:
+        return False
+    (node,) = found
+    name = node.name().lower()
+    if _NORM.search(name):
+        return True
+    if not name.startswith(("mul", "div")) or len([*_next(node)]) != 1:
+        return False
+    saved: Any = node
+    try:
+        sides = (getattr(saved, "_saved_other", None), getattr(saved, "_saved_self", None))
+    except RuntimeError:  # overwritten since
+        return False
+    constants = [each for each in sides if isinstance(each, Tensor) and each.grad_fn is None]
+    return any(each.ndim >= -axis and each.shape[axis] > 1 for each in constants)
+
+
+def _users(
+    start: torch.autograd.graph.Node,
+) -> dict[torch.autograd.graph.Node, set[torch.autograd.graph.Node]]:
+    """For each node on the way from `start`, those that use its result."""
+    users = defaultdict[torch.autograd.graph.Node, set[torch.autograd.graph.Node]](set)
+    waiting, seen = [start], {start}
+    while waiting:
+        current = waiting.pop()
+        for following in _next(current):
+            users[following].add(current)
+            if following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return users
+
+
 def _next(node: torch.autograd.graph.Node) -> Iterable[torch.autograd.graph.Node]:
     return [following for following, _ in node.next_functions if following is not None]
 
@@ -112,8 +219,11 @@ def slope_of_factor(whole: Tensor, features: Tensor, site: Site) -> Tensor | Non
     size[axis] = len(range(whole.shape[axis])[part])
     if features.numel() != math.prod(size):
         return None
-    with torch.enable_grad():
+    with torch.enable_grad(), values_kept([whole]):
         (slope,) = torch.autograd.grad(features.sum(), whole, create_graph=True)
+        # If it is pre itself, overwritten, its graph is that of pre.
+        is_itself = slope.data_ptr() == whole.data_ptr()
+        slope = slope.detach().clone() if is_itself else slope.clone()
     if _varies_along(slope, whole, site):
         return None
     rows = [rows_along(each.detach(), axis) for each in (whole, slope, features.reshape(size))]

@@ -1,6 +1,7 @@
 """Which tokens an expert receives: rows of its mixture's input, in any order."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -82,6 +83,34 @@ def counted_of(rows: Tensor, source: Tensor, counts: Tensor, where: str) -> Tens
     return counts[index].reshape(rows.shape[:-1])
 
 
+def fillers_of(rows: Tensor, source: Tensor | None, where: str) -> Tensor | None:
+    """Which of an expert's rows are no tokens but fill it up to its capacity: rows of zeros, which
+    its mixture has not received. None if there are none.
+
+    Args:
+        rows: its input, `[*samples, width]`.
+        source: the input of its mixture, `[*tokens, width]`; None if it is unknown.
+        where: the FFN, for messages.
+
+    Raises:
+        MeasurementError: if the mixture has received rows of zeros, too, but fewer.
+    """
+    are_zero = ~rows.any(-1)
+    n = int(are_zero.sum())
+    if not n:
+        return None
+    n_given = 0 if source is None else int((~source.any(-1)).sum())
+    if n_given >= n:
+        return None
+    if n_given:
+        raise MeasurementError(
+            f"Rows of zeros that fill up an expert must not count; {where} received {n} of them, "
+            f"and its mixture {n_given}, so it cannot be determined which ones are tokens. Set the "
+            "model to route tokens without a capacity."
+        )
+    return are_zero
+
+
 def _bits(rows: Tensor) -> Tensor:
     return rows.detach().contiguous().view(_BITS[rows.element_size()])
 
@@ -94,9 +123,25 @@ def _digest(rows: Tensor) -> Tensor:
     return (bits * odd.to(rows.device)).sum(-1)
 
 
+@dataclass
+class _Entry:
+    """What an item of a list has received first: its features, and the number of rows if these are
+    rows of the module around the list."""
+
+    features: Tensor
+    n_found: int | None
+
+
+Reaches = Callable[[Tensor, Collection[nn.Module]], bool]
+"""Whether a tensor depends on the output of one of these projections."""
+
+_MOST_PROJECTIONS = 3
+"""Those of an expert; a list of larger items may be one of towers."""
+
+
 class Routing:
-    """Finds lists whose modules each receive some of the tokens of the module around them: experts,
-    not blocks.
+    """Finds lists whose modules stand beside one another and each receive tokens of the module
+    around them: experts, not blocks.
 
     Attributes:
         mixtures: for each list, the module that receives the tokens.
@@ -110,22 +155,26 @@ class Routing:
             if isinstance(module, _LISTS) and len(module) > 1
         }
         self._given: dict[nn.Module, Tensor | None] = {}
-        self._entered: dict[nn.Module, dict[nn.Module, int | None]] = {}
+        self._entered: dict[nn.Module, dict[nn.Module, _Entry | None]] = {}
 
-    def install(self, projections: Callable[[nn.Module], list[nn.Module]]) -> list[RemovableHandle]:
+    def install(
+        self, projections: Callable[[nn.Module], list[nn.Module]], reaches: Reaches
+    ) -> list[RemovableHandle]:
         """Watches forward passes, until the handles are removed.
 
         Args:
             projections: returns the projections in a module.
+            reaches: tells what depends on their outputs.
         """
         handles: list[RemovableHandle] = []
         for of_list, outer in self._around.items():
+            inside = {item: projections(item) for item in of_list.children()}
             handles += [
                 outer.register_forward_pre_hook(self._enter(of_list), with_kwargs=True),
-                outer.register_forward_hook(self._leave(of_list)),
+                outer.register_forward_hook(self._leave(of_list, inside, reaches)),
             ]
-            for item in of_list.children():
-                for each in projections(item):
+            for item, modules in inside.items():
+                for each in modules:
                     hook = self._take(of_list, item)
                     handles.append(each.register_forward_pre_hook(hook, with_kwargs=True))
         return handles
@@ -145,30 +194,60 @@ class Routing:
             if item in entered or source is None:
                 return
             x = argument(args, kwargs)
-            entered[item] = None  # if it is not a part of the source
+            entered[item] = None  # if it has no rows of features
             widths = declared_widths(module)
             if not isinstance(x, Tensor) or widths is None or x.ndim == 0:
                 return
-            rows = last(x, widths.axis).reshape(-1, widths.d_in)
+            rows, found = last(x, widths.axis).reshape(-1, widths.d_in), None
             if source.shape[-1] == widths.d_in and source.element_size() in _BITS:
                 found = origins(rows, source.reshape(-1, source.shape[-1]))
-                entered[item] = None if found is None else len(rows)
+            entered[item] = _Entry(rows, None if found is None else len(rows))
 
         return hook
 
-    def _leave(self, of_list: nn.Module) -> Callable[..., None]:
+    def _leave(
+        self, of_list: nn.Module, inside: Mapping[nn.Module, list[nn.Module]], reaches: Reaches
+    ) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             source, entered = self._given.pop(of_list, None), self._entered.pop(of_list, {})
             if source is None or not entered:
                 return
+            entries = [each for each in entered.values() if each is not None]
+            if len(entries) < len(entered):
+                return
             n_tokens = source.shape[:-1].numel()
-            counts = list(entered.values())
-            are_parts = all(n is not None for n in counts)
-            is_idle = len(entered) < len(list(of_list.children()))
-            if are_parts and (is_idle or any(n != n_tokens for n in counts)):
+            are_parts = all(each.n_found is not None for each in entries)
+            is_idle = len(entered) < len(inside)
+            if (are_parts and (is_idle or any(each.n_found != n_tokens for each in entries))) or (
+                _are_received(entries, n_tokens) and _are_beside(entered, inside, reaches)
+            ):
                 self.mixtures[of_list] = module
 
         return hook
+
+
+def _are_received(entries: Sequence[_Entry], n_tokens: int) -> bool:
+    """Whether several items have received what blocks that follow one another do not: other numbers
+    of samples, all the same, or the same ones apart from zeros."""
+    rows = [each.features.detach() for each in entries]
+    if len(rows) < 2 or any(each.shape[-1] != rows[0].shape[-1] for each in rows):
+        return False
+    if any(len(each) != n_tokens for each in rows):
+        return True
+    whole = torch.stack(rows).abs().amax(0)
+    return all(bool(((each == 0) | (each.abs() == whole)).all()) for each in rows)
+
+
+def _are_beside(
+    entered: Mapping[nn.Module, _Entry | None],
+    inside: Mapping[nn.Module, list[nn.Module]],
+    reaches: Reaches,
+) -> bool:
+    """Whether no item's input depends on the output of another one."""
+    if any(len(inside[item]) > _MOST_PROJECTIONS for item in entered):
+        return False
+    modules = {module for item in entered for module in inside[item]}
+    return not any(reaches(each.features, modules) for each in entered.values() if each is not None)
 
 
 def _with_outer(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:

@@ -12,7 +12,7 @@ from nerve.measuring.ffns import named, tokens_of
 from nerve.measuring.groups import Division, Grouped, GroupsOfFFNs
 from nerve.measuring.masks import Chosen, Orders, fitted, for_each
 from nerve.measuring.probe import Probe
-from nerve.measuring.routing import counted_of
+from nerve.measuring.routing import counted_of, fillers_of
 
 
 class Taken(NamedTuple):
@@ -139,18 +139,22 @@ class Samples:
 
     def _counted_of(self, index: int, inputs: Tensor) -> Tensor | None:
         """Which samples of an expert count: those of tokens that count."""
-        ffn = self._probe.ffns[index]
+        where, tokens = named(self._probe.ffns[index]), self._probe.tokens_of(index)
+        fillers = fillers_of(inputs, tokens, where)
         if self._masks[index] is None and not self._skip_first:
-            return None
-        tokens = self._probe.tokens_of(index)
+            return None if fillers is None else ~fillers
         if tokens is None:
             raise MeasurementError(
-                f"The description of {named(ffn)} names a module whose input is all its tokens; "
-                "the FFN ran, and that module did not. Check the description."
+                f"The description of {where} names a module whose input is all its tokens; the FFN "
+                "ran, and that module did not. Check the description."
             )
         counts = torch.zeros(tokens[..., 0].numel(), dtype=torch.bool, device=tokens.device)
         number = torch.arange(len(counts), device=tokens.device).reshape(*tokens.shape[:-1], 1)
         number, kept = self.taken_around(index, number)
         number = number[..., 0] if kept is None else number[..., 0][kept.to(tokens.device)]
         counts[number.flatten()] = True
-        return counted_of(inputs, tokens, counts, named(ffn))
+        if fillers is None:
+            return counted_of(inputs, tokens, counts, where)
+        of_tokens = ~fillers
+        of_tokens[of_tokens.clone()] = counted_of(inputs[~fillers], tokens, counts, where)
+        return of_tokens

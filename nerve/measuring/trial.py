@@ -118,7 +118,10 @@ def look_at(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], ob
     products = [Products(each) for each in paths if any(stacked(each)) and each not in inside]
     routing = Routing(model)
     seen = Dependence(
-        projections_of(model), is_gate, products, lambda: routing.install(projections_of)
+        projections_of(model),
+        is_gate,
+        products,
+        lambda: routing.install(projections_of, seen.reaches),
     )
     with evaluating(model):
         if batch is not None:

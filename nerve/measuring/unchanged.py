@@ -17,26 +17,38 @@ weights that are quantized, or a cache."""
 _ABSENT = object()
 
 
+class RandomStates:
+    """The global random states of this process as they are now."""
+
+    def __init__(self) -> None:
+        has_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+        self._gpus = torch.cuda.get_rng_state_all() if has_gpu else []
+        self._python, self._numpy = random.getstate(), np.random.get_state()
+        self._cpu = torch.get_rng_state()
+
+    def restore(self) -> None:
+        """Puts them back where they have changed; untouched ones are left alone, since another
+        thread may be using them."""
+        if random.getstate() != self._python:
+            random.setstate(self._python)
+        if not _are_equal(np.random.get_state(), self._numpy):
+            np.random.set_state(self._numpy)
+        if not torch.equal(torch.get_rng_state(), self._cpu):
+            torch.set_rng_state(self._cpu)
+        for device, state in enumerate(self._gpus):
+            if not torch.equal(torch.cuda.get_rng_state(device), state):
+                torch.cuda.set_rng_state(state, device)
+
+
 @contextmanager
 def random_states_kept() -> Iterator[None]:
-    """Restores the global random states of this process if the block has advanced them, as does a
-    model that draws noise or masks even in eval mode."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    has_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
-    gpus = torch.cuda.get_rng_state_all() if has_gpu else []
+    """Puts the random states back after the block, for a model that draws its own noise or masks
+    also in eval mode."""
+    states = RandomStates()
     try:
         yield
     finally:
-        # Untouched ones are left alone: another thread may be using them.
-        if random.getstate() != python:
-            random.setstate(python)
-        if not _are_equal(np.random.get_state(), numpy):
-            np.random.set_state(numpy)
-        if not torch.equal(torch.get_rng_state(), cpu):
-            torch.set_rng_state(cpu)
-        for device, state in enumerate(gpus):
-            if not torch.equal(torch.cuda.get_rng_state(device), state):
-                torch.cuda.set_rng_state(state, device)
+        states.restore()
 
 
 def _are_equal(one: Any, other: Any) -> bool:

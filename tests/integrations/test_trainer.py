@@ -201,6 +201,32 @@ def test_measuring_changes_no_weights_and_leaves_no_hooks(tmp_path, source):
         assert not module._forward_pre_hooks
 
 
+@pytest.mark.parametrize("own", [None, 2])
+def test_evaluations_of_a_run_draw_no_random_numbers(tmp_path, own):
+    """The loader of each evaluation draws one, after which dropout would differ. The Trainer's own
+    evaluations do so in both cases."""
+
+    class Dropping(Net):
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            return super().forward(nn.functional.dropout(x, 0.2, self.training), labels)
+
+    given = {} if own is None else {"eval_strategy": "steps", "eval_steps": own}
+    weights = []
+    for watched in (True, False):
+        torch.manual_seed(0)
+        model = Dropping()
+        callback = nerve.SpectralCallback(tmp_path / "run", every_n_steps=1, source="heldout")
+        Trainer(
+            model,
+            arguments(tmp_path, **given),
+            train_dataset=samples(N_STEPS * BATCH),
+            eval_dataset=samples(2 * BATCH, 9),
+            callbacks=[callback] if watched else [],
+        ).train()
+        weights.append(nn.utils.parameters_to_vector(model.parameters()))
+    assert torch.equal(*weights)
+
+
 def test_the_trainer_keeps_its_own_evaluations_and_their_losses_are_noted(tmp_path):
     """Every second step; with source="train", only their losses are used."""
     evaluated: list[int] = []
