@@ -60,20 +60,20 @@ class PairedFit:
         return counts / self.n[:, None]
 
     @cached_property
-    def _left(self) -> tuple[np.ndarray, np.ndarray, int]:
-        """The matrix of the seeds' normal equations after eliminating the designs, its
-        pseudoinverse, and its rank."""
+    def _schur_complement(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """The Schur complement (the matrix of the seeds' normal equations after eliminating the
+        designs), its pseudoinverse, and its rank."""
         counts = self.shares * self.n[:, None]
-        left = np.diag(counts.sum(axis=0)) - counts.T @ self.shares
-        values, vectors = np.linalg.eigh(left)
+        complement = np.diag(counts.sum(axis=0)) - counts.T @ self.shares
+        values, vectors = np.linalg.eigh(complement)
         found = values > 1e-10 * max(1.0, values.max(initial=0.0))
         inverse = (vectors[:, found] / values[found]) @ vectors[:, found].T
-        return left, inverse, int(found.sum())
+        return complement, inverse, int(found.sum())
 
     @cached_property
     def df(self) -> int:
         """Degrees of freedom of the error."""
-        return len(self.design) - len(self.designs) - self._left[2]
+        return len(self.design) - len(self.designs) - self._schur_complement[2]
 
     def differences(self, values: np.ndarray, one: np.ndarray, two: np.ndarray) -> Effects:
         """For each pair, the effect of the design `two` minus that of the design `one`.
@@ -109,7 +109,7 @@ class PairedFit:
         sums = np.bincount(self.design, values, minlength=len(self.designs))
         has = self.seed >= 0
         of_seeds = np.bincount(self.seed[has], values[has], minlength=self.n_seeds)
-        _, inverse, _ = self._left
+        _, inverse, _ = self._schur_complement
         seeds = inverse @ (of_seeds - sums @ self.shares)
         return sums / self.n - self.shares @ seeds, seeds
 
@@ -138,8 +138,8 @@ class PairedFit:
             own: its variance apart from the part due to seeds, for errors of variance 1.
             through: its coefficients of the seed effects, shape (effect, seed).
         """
-        left, inverse, _ = self._left
-        known = (np.abs(through @ inverse @ left - through) <= 1e-8).all(axis=1)
+        complement, inverse, _ = self._schur_complement
+        known = (np.abs(through @ inverse @ complement - through) <= 1e-8).all(axis=1)
         effect = np.where(known, np.where(np.abs(effect) < 1e-12, 0.0, effect), np.nan)
         df = np.where(known, max(self.df, 0), 0)
         if self.df < 1:

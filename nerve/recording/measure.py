@@ -190,10 +190,10 @@ def measure(
         run = None
         if into is not None:
             recorded = given | _as_recorded(how, spectra)
-            asked = {**labels, "measure": recorded, **({"text": text} if text else {})}
+            requested = {**labels, "measure": recorded, **({"text": text} if text else {})}
             run = stack.enter_context(
                 measured_run(
-                    into, asked, spectra, resume=resume, seed=seed_of(labels), fingerprints=text
+                    into, requested, spectra, resume=resume, seed=seed_of(labels), fingerprints=text
                 )
             )
         show = stack.enter_context(shown()) if progress is True else progress or unseen

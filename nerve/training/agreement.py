@@ -23,7 +23,7 @@ class Agreement:
     """
 
     def __init__(self) -> None:
-        self._left = 1
+        self._steps_left = 1
         self._n_steps = 0
         self._since = time.monotonic()
 
@@ -36,14 +36,14 @@ class Agreement:
         """
         if n_processes() == 1:
             return wish
-        self._left -= 1
+        self._steps_left -= 1
         self._n_steps += 1
-        if self._left:
+        if self._steps_left:
             return 0
         now = time.monotonic()
         of_all = gathered((wish, (now - self._since) / self._n_steps))
         slowest = max(seconds for _, seconds in of_all)
         # All processes compute the same number.
-        self._left = max(1, min(MOST_STEPS, int(DECIDES_WITHIN_S / max(slowest, 1e-9))))
+        self._steps_left = max(1, min(MOST_STEPS, int(DECIDES_WITHIN_S / max(slowest, 1e-9))))
         self._n_steps, self._since = 0, now
         return max(theirs for theirs, _ in of_all)

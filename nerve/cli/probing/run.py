@@ -83,21 +83,21 @@ def probe(source: Source, args: ProbeArguments, *, output: str | None, progress:
     data, table = source.data(now.model, now.ffns), now.ffns.table()
     directory = Path(output or OUTPUTS / f"{source.name}-{config_id(data.config)}")
     before = measured_of(ProbeDirectory(directory), data.config)
-    left = _left(source.checkpoints, before)
-    damaged = {each: damaged[each] for each in left if each in damaged}  # others are measured
-    left = [each for each in left if each not in damaged]
+    remaining = _remaining(source.checkpoints, before)
+    damaged = {each: damaged[each] for each in remaining if each in damaged}  # others are measured
+    remaining = [each for each in remaining if each not in damaged]
     n_new, incomplete = 0, None
     try:
-        if left or damaged or not before.is_done:
+        if remaining or damaged or not before.is_done:
             with measured_run(
                 directory, data.config, args.spectra, resume=True, **data.record
             ) as run:
                 assert run is not None  # in a single process
-                for number, checkpoint in enumerate(left):
+                for number, checkpoint in enumerate(remaining):
                     if now is None or now.checkpoint != checkpoint:
                         now = None  # keeps only one in memory
                         gc.collect()  # hooks and graphs may keep a model until then
-                        progress(f"loading {checkpoint.place}", number, len(left))
+                        progress(f"loading {checkpoint.place}", number, len(remaining))
                         now = _loaded(source, checkpoint, damaged)
                     if now is not None:
                         _require_alike(now, table)
@@ -147,7 +147,7 @@ def _incomplete(damaged: Mapping[Checkpoint, NerveError], n_checkpoints: int) ->
     )
 
 
-def _left(checkpoints: Sequence[Checkpoint], before: Measured) -> list[Checkpoint]:
+def _remaining(checkpoints: Sequence[Checkpoint], before: Measured) -> list[Checkpoint]:
     """The checkpoints that are not measured yet, or whose files may have changed since."""
     return [
         each
