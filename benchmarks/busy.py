@@ -139,23 +139,23 @@ class Turns:
     """A default run in a process of its own, which trains a block of steps when it is told to."""
 
     def __init__(self, count: str | None, cores: str, folder: Path) -> None:
-        told, self._tell = os.pipe()
+        turn, self._give_turn = os.pipe()
         self._answer, answered = os.pipe()
         command = ["taskset", "-c", cores, sys.executable, __file__, "--child"]
-        command += [str(told), str(answered), tempfile.mkdtemp(dir=folder)]
+        command += [str(turn), str(answered), tempfile.mkdtemp(dir=folder)]
         self._process = subprocess.Popen(
             command,
             env=environment_of(count),
             stdout=subprocess.DEVNULL,
-            pass_fds=(told, answered),
+            pass_fds=(turn, answered),
         )
-        os.close(told)
+        os.close(turn)
         os.close(answered)
         self._wait()  # for all that comes before the first step
 
     def block(self) -> float:
         """Seconds that the next block takes."""
-        os.write(self._tell, b".")
+        os.write(self._give_turn, b".")
         return self._wait()
 
     def _wait(self) -> float:
@@ -167,7 +167,7 @@ class Turns:
     def end(self) -> None:
         self._process.kill()
         self._process.wait()
-        os.close(self._tell)
+        os.close(self._give_turn)
         os.close(self._answer)
 
 
@@ -203,7 +203,7 @@ def alone(n_pairs: int, n_turns: int, folder: Path) -> None:
     )
 
 
-def child(told: int, answered: int, directory: str) -> None:
+def child(turn: int, answered: int, directory: str) -> None:
     """The default run, which answers with the seconds of each block and waits for the next."""
     import nerve.cli.run
     from nerve.cores import spin_briefly
@@ -217,7 +217,7 @@ def child(told: int, answered: int, directory: str) -> None:
         def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
             if trainer.global_step % BLOCK == 0:
                 os.write(answered, json.dumps(time.perf_counter() - self.began).encode())
-                os.read(told, 1)
+                os.read(turn, 1)
                 self.began = time.perf_counter()
 
     fit = Trainer.fit

@@ -62,7 +62,9 @@ def distances_by_torch(x: Tensor, center: Tensor) -> Tensor:
     return torch.cat(pieces).square()
 
 
-def told(name: str, run: Callable[[], Tensor], expected: Tensor, repeats: int, flop: float) -> None:
+def print_result(
+    name: str, run: Callable[[], Tensor], expected: Tensor, repeats: int, flop: float
+) -> None:
     times = milliseconds(run, repeats)
     error = ((run() - expected).tril() if expected.ndim > 1 else run() - expected).abs().max()
     rate = f", {flop / statistics.mean(times) / 1e9:.0f} TFLOP/s" if flop else ""
@@ -92,14 +94,14 @@ def main() -> None:
             exact = sum(a.double().T @ b.double() for a, b in pairs)
             for way, run in (("torch", by_torch), ("kernel", by_kernel)):
                 each = partial(run, pairs, n_terms)
-                told(f"{name}, {way}", each, exact, args.repeats, flop * len(pairs))
+                print_result(f"{name}, {way}", each, exact, args.repeats, flop * len(pairs))
         center = x.double().mean(0).float()
         far = (x.double() - center.double()).square().sum(1)
         for name, run in (
             ("torch", distances_by_torch),
             ("kernel", kernels.square_distances),
         ):
-            told(f"distances, {name}", partial(run, x, center), far, args.repeats, 0)
+            print_result(f"distances, {name}", partial(run, x, center), far, args.repeats, 0)
         if args.variants and dim == 3072:
             variants(x, x.double().T @ x.double(), args.repeats, flop)
 
@@ -139,7 +141,7 @@ def variants(x: Tensor, exact: Tensor, repeats: int, flop: float) -> None:
         kernels._lower_tiles = Tiles(inner, x.shape[1], tile, depth, **options)
         try:
             name = f"tile {tile}, depth {depth}, {warps} warps, {stages} stages"
-            told(name, partial(by_kernel, [(x, x)], 512), exact, repeats, flop)
+            print_result(name, partial(by_kernel, [(x, x)], 512), exact, repeats, flop)
         except Exception as error:
             print(f"  {tile, depth, warps, stages}: {type(error).__name__}: {str(error)[:80]}")
         finally:

@@ -46,13 +46,14 @@ from gpt_loops import (
 )
 
 from nerve.cores import spin_briefly
+from nerve.recording.heartbeat import Heartbeat
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 from nerve.training import module as training
-from nerve.training.callbacks import Heartbeat, RunProgressBar
+from nerve.training.callbacks import RunProgressBar, StepNotes
 from nerve.training.loggers import CSVLogger, StoreLogger
 from nerve.training.module import LanguageModel
-from nerve.training.monitor import SpectralMonitor
+from nerve.training.monitor import FitMonitor
 
 AIMS = {"12x512": "must 1.3, aim 1.5", "4x128": "aim 3", "6x192": "aim 3", "125M": "aim .98"}
 
@@ -68,6 +69,7 @@ def nerve(size: Size, device: str, graphs: bool | None) -> Clock:
         with tempfile.TemporaryDirectory() as directory:
             record = RunRecord.create(Path(directory) / "run", {}, run_id="run")
             store = RunStore(Path(directory) / "run", "run")
+            heartbeat = Heartbeat(record)
             trainer = L.Trainer(
                 accelerator="gpu" if device == "cuda" else "cpu",
                 devices=1,
@@ -77,8 +79,8 @@ def nerve(size: Size, device: str, graphs: bool | None) -> Clock:
                 gradient_clip_val=1.0,
                 log_every_n_steps=10,
                 callbacks=[
-                    SpectralMonitor(store, every_n_steps=100, source="train"),
-                    Heartbeat(record),
+                    FitMonitor(store, every_n_steps=100, source="train"),
+                    StepNotes(heartbeat),
                     RunProgressBar("tokens"),
                     clock,
                 ],
@@ -87,7 +89,7 @@ def nerve(size: Size, device: str, graphs: bool | None) -> Clock:
                 enable_model_summary=False,
                 use_distributed_sampler=False,
             )
-            with redirect_stdout(io.StringIO()):  # the progress bar
+            with heartbeat, redirect_stdout(io.StringIO()):  # the progress bar
                 trainer.fit(lightning_module, datamodule=Windows(size))
     finally:
         training.choose = chosen

@@ -72,9 +72,8 @@ class Module(L.LightningModule):
 def lightning(options: argparse.Namespace, folder: Path, is_measured: bool) -> None:
     callbacks: list[L.Callback] = []
     if is_measured:
-        store = nerve.RunStore(folder, nerve.RunRecord.create(folder, {}).run_id)
         asked = {"every_n_steps": options.every, "source": "train"}
-        callbacks = [nerve.SpectralMonitor(store, **asked)]
+        callbacks = [nerve.SpectralMonitor(folder, **asked)]
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=options.steps,

@@ -33,7 +33,7 @@ from nerve.models import build_model
 from nerve.optim import Part, Schedule, build_optimizer
 from nerve.storage.store import RunStore
 from nerve.training.module import LanguageModel
-from nerve.training.monitor import SpectralMonitor
+from nerve.training.monitor import FitMonitor
 
 VOCAB = 50304
 
@@ -200,7 +200,7 @@ def lightning_run(args: argparse.Namespace, every_n_steps: int | None) -> Run:
         if every_n_steps is not None:
             store = RunStore(directory, "run") if rank() == 0 else None
             callbacks[:0] = [
-                SpectralMonitor(store, every_n_steps=every_n_steps, source="train", spectra=False)
+                FitMonitor(store, every_n_steps=every_n_steps, source="train", spectra=False)
             ]
         trainer = L.Trainer(
             accelerator="gpu",

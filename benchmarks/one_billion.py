@@ -58,13 +58,13 @@ class Clock(L.Callback):
         import torch
 
         from nerve.training.fit import callbacks_of
-        from nerve.training.monitor import SpectralMonitor
+        from nerve.training.monitor import FitMonitor
 
         if trainer.sanity_checking:
             return
         self._found["second measurement taken"] = self._now()
         for callback in callbacks_of(trainer):
-            if isinstance(callback, SpectralMonitor):
+            if isinstance(callback, FitMonitor):
                 callback._recorder.wait()
                 self._found["rows"] = len(callback.latest)
         self._found["all solved"] = self._now()

@@ -132,7 +132,7 @@ def milliseconds(
     return clock.milliseconds()[10:]
 
 
-def told(what: str, steps: list[float], base: float | None) -> float:
+def print_result(what: str, steps: list[float], base: float | None) -> float:
     mean = statistics.mean(steps)
     times = "" if base is None else f", {mean / base:.2f} times"
     print(f"{what:52} {mean:8.2f} ms a step (worst {max(steps):.1f}){times}", flush=True)
@@ -169,7 +169,7 @@ def main() -> None:
                     steps = milliseconds(
                         trained, size, args.device, parts, args.steps, args.seconds
                     )
-                    mean = told(what, steps, base)
+                    mean = print_result(what, steps, base)
                     base = mean if base is None else base
                 except Exception:
                     print(f"{what}: FAILED\n{traceback.format_exc()[-3000:]}", flush=True)

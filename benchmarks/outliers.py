@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import nerve
 from nerve.derived import LARGEST_MOVES
 from nerve.measuring.ffns import FFNAdapter
-from nerve.metric_names import SITES
+from nerve.sites_and_groups import SITES
 
 RUNS = (
     *(

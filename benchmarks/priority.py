@@ -35,13 +35,13 @@ class Training:
             self._batch = tuple(moved(each, "cuda") for each in batch)
         self.seconds(lambda n: n < 10)
 
-    def seconds(self, goes_on: Callable[[int], bool]) -> list[float]:
+    def seconds(self, is_unfinished: Callable[[int], bool]) -> list[float]:
         """Of each step, as long as it goes on, given how many there were."""
         times: list[float] = []
         with torch.cuda.stream(self._stream):
             self._stream.synchronize()
             last = time.perf_counter()
-            while goes_on(len(times)):
+            while is_unfinished(len(times)):
                 self._trained.step(self._optimizer, self._batch)
                 self._stream.synchronize()
                 now = time.perf_counter()
@@ -97,7 +97,7 @@ def covariance(dim: int) -> Tensor:
     return matrix
 
 
-def told(priority: int, found: list[Beside]) -> None:
+def print_result(priority: int, found: list[Beside]) -> None:
     costs = [each.cost for each in found]
     alone, steps = ([s for each in found for s in each[i]] for i in (0, 1))
     print(
@@ -136,7 +136,7 @@ def main() -> None:
         for priority, training in trainings.items():
             found[priority].append(beside(training, Solving(matrix, args.spectra), 30))
     for priority, each in found.items():
-        told(priority, each)
+        print_result(priority, each)
 
 
 if __name__ == "__main__":

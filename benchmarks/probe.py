@@ -66,7 +66,7 @@ def save(args: argparse.Namespace, folder: Path) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def asked_of(args: argparse.Namespace) -> list[str]:
+def command_line_of(args: argparse.Namespace) -> list[str]:
     names = ("n_tokens", "seq_len", "batch_size", "device", "dtype")
     return [text for n in names for text in (f"--{n.replace('_', '-')}", str(getattr(args, n)))]
 
@@ -74,9 +74,9 @@ def asked_of(args: argparse.Namespace) -> list[str]:
 def plain(args: argparse.Namespace, model: str) -> None:
     """The passes alone, on what nerve-probe would measure."""
     from nerve.cli.probing.run import source_of
-    from nerve.cli.probing.source import Asked
+    from nerve.cli.probing.source import ProbeArguments
 
-    asked = Asked(
+    given = ProbeArguments(
         models=(model,),
         n_tokens=args.n_tokens,
         seq_len=args.seq_len,
@@ -85,7 +85,7 @@ def plain(args: argparse.Namespace, model: str) -> None:
         dtype=args.dtype,
     )
     began = time.perf_counter()
-    source = source_of(asked)
+    source = source_of(given)
     network = source.load(source.checkpoints[0])
     data = source.data(network, source.find(network))
     loaded = time.perf_counter()
@@ -105,7 +105,7 @@ def probe(args: argparse.Namespace, model: str) -> None:
     from nerve.cli.probe import main as nerve_probe
 
     began = time.perf_counter()
-    nerve_probe([model, "-o", "out", *asked_of(args)])
+    nerve_probe([model, "-o", "out", *command_line_of(args)])
     print(f"nerve-probe: {time.perf_counter() - began:.1f} s in all, {peak(args.device)}")
 
 

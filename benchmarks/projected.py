@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import nerve
 from nerve.cli.probing.runs import KeptCheckpoints
-from nerve.cli.probing.source import Asked
+from nerve.cli.probing.source import ProbeArguments
 from nerve.derived import with_derived
 from nerve.measuring import accumulator
 from nerve.measuring.ffns import FFN, FFNAdapter
@@ -108,7 +108,9 @@ def of_run(directory: Path) -> pd.DataFrame:
     """Rows of each kept step and layer: `what` is full, projected, projected whatever its rounding,
     or one of two halves of the held-out tokens."""
     design, _, seed = directory.name.rpartition(", seed ")
-    source = KeptCheckpoints(Asked(models=(str(directory),), device="cpu", dtype="float32"))
+    source = KeptCheckpoints(
+        ProbeArguments(models=(str(directory),), device="cpu", dtype="float32")
+    )
     batches, rows = None, []
     for checkpoint in source.checkpoints:
         model = source.load(checkpoint)

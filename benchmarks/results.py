@@ -35,11 +35,12 @@ import numpy as np
 import pyarrow as pa
 import trackers
 
-from nerve.metric_names import SITES, STORED
+from nerve.metric_names import STORED
+from nerve.sites_and_groups import SITES
 from nerve.storage.manifest import add_to_manifest
 from nerve.storage.parts import part_path, write_part
 from nerve.storage.record import RunRecord
-from nerve.storage.schema import DATASETS, METRICS
+from nerve.storage.schema import DATASETS, METRICS_SCHEMA
 from nerve.storage.store import RunStore
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,8 +127,8 @@ def metrics_of(index: int, run_id: str, n_layers: int, n_steps: int) -> pa.Table
         "status": ["ok"] * n,
         "run_id": [run_id] * n,
     }
-    arrays = [pa.array(columns[field.name], field.type) for field in METRICS]
-    return pa.Table.from_arrays(arrays, schema=METRICS)
+    arrays = [pa.array(columns[field.name], field.type) for field in METRICS_SCHEMA]
+    return pa.Table.from_arrays(arrays, schema=METRICS_SCHEMA)
 
 
 def write_runs(folder: Path, indices: range, n_layers: int, n_steps: int) -> None:

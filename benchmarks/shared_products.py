@@ -66,12 +66,13 @@ def main() -> None:
         ]
         outputs = [each.communicate() for each in processes]
         ended = zip(processes, outputs, strict=True)
-        errors = [said for process, (_, said) in ended if process.returncode]
-        updates = [int(told) for told, _ in outputs if told]
+        errors = [stderr for process, (_, stderr) in ended if process.returncode]
+        updates = [int(stdout) for stdout, _ in outputs if stdout]
         print(f"{way}: {len(errors)} of {len(processes)} ended by an error; updates: {updates}")
-        for said in errors:
+        for stderr in errors:
             print(
-                "   ", next((line for line in said.splitlines() if "Error:" in line), said[-200:])
+                "   ",
+                next((line for line in stderr.splitlines() if "Error:" in line), stderr[-200:]),
             )
 
 

@@ -94,10 +94,10 @@ class Clock(L.Callback):
 
 def _wait_for_spectra(trainer: L.Trainer) -> None:
     from nerve.training.fit import callbacks_of
-    from nerve.training.monitor import SpectralMonitor
+    from nerve.training.monitor import FitMonitor
 
     for callback in callbacks_of(trainer):
-        if isinstance(callback, SpectralMonitor):
+        if isinstance(callback, FitMonitor):
             callback._recorder.wait()
 
 
@@ -186,7 +186,7 @@ def config_of(folder: Path) -> Mapping[str, Any]:
     return RunRecord.load(path.parent).config
 
 
-def said_of_places(folder: Path) -> list[str]:
+def logged_placements(folder: Path) -> list[str]:
     """What trials logged of where they solve and how they wait, each once."""
     lines = [
         line.rpartition("] ")[2]
@@ -317,7 +317,7 @@ def main() -> None:
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         print(f"{name}, torch {torch.__version__}; trials took {time.monotonic() - began:.0f} s")
         report(args, times, allowed(), config_of(folder))
-        for line in said_of_places(folder):
+        for line in logged_placements(folder):
             print(f"  {line}")
 
 

@@ -167,7 +167,7 @@ def started(args: argparse.Namespace, place: int, *more: str) -> subprocess.Pope
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=visible)
 
 
-def told(who: str, output: str, errors: str) -> list[float]:
+def print_result(who: str, output: str, errors: str) -> list[float]:
     """Prints what a process found; its stalls in steps."""
     lines = [line for line in output.splitlines() if line.startswith("STALLS ")]
     if not lines:
@@ -219,9 +219,9 @@ def main() -> None:
         for number, run in zip(here, runs, strict=True):
             output, errors = run.communicate()
             if number < args.processes:
-                everything += told(f"process {number}", output, errors)
+                everything += print_result(f"process {number}", output, errors)
             else:
-                told("without the monitor", output, errors)
+                print_result("without the monitor", output, errors)
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.devices} GPU(s): of "
         f"{len(everything)} measurements mean {statistics.mean(everything):.2f} steps, worst "

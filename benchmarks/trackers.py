@@ -17,12 +17,14 @@ import pyarrow as pa
 
 from nerve.analysis.load import load_metrics
 from nerve.storage.record import RunRecord
-from nerve.storage.schema import METRICS
+from nerve.storage.schema import METRICS_SCHEMA
 from nerve.storage.store import RunStore
 
 KEYS = ("step", "layer")
 NUMBERS = [
-    field.name for field in METRICS if not pa.types.is_string(field.type) and field.name not in KEYS
+    field.name
+    for field in METRICS_SCHEMA
+    if not pa.types.is_string(field.type) and field.name not in KEYS
 ]
 
 

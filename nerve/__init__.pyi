@@ -31,12 +31,11 @@ from .report.write import write_report as write_report
 from .storage.find import FingerprintWarning as FingerprintWarning
 from .storage.find import IncompleteWarning as IncompleteWarning
 from .storage.parts import DamagedPartWarning as DamagedPartWarning
-from .storage.record import DamagedRecordWarning as DamagedRecordWarning
 from .storage.record import RunRecord as RunRecord
+from .storage.record_file import DamagedRecordWarning as DamagedRecordWarning
 from .storage.store import RunStore as RunStore
-from .training.callbacks import Heartbeat as Heartbeat
 from .training.checkpoint_files import load_model as load_model
-from .training.monitor import SpectralMonitor as SpectralMonitor
+from .training.recorded_fit import SpectralMonitor as SpectralMonitor
 from .training.stored_tokenizer import load_tokenizer as load_tokenizer
 
 __version__: str

@@ -93,7 +93,8 @@ def require_choice(key: str, value: object, options: Collection[str]) -> None:
 
 
 def require_several(key: str, values: Collection[object], options: Collection[str]) -> None:
-    """Raises `ConfigError` unless `values` are distinct members of `options`."""
+    """Raises `ConfigError` unless `values` are a list of distinct members of `options`."""
+    require_type(key, values, list)
     for each in values:
         require_choice(f"an entry of {key}", each, options)
     require(len({*values}) == len(values), f"{key} must not repeat an entry; got {list(values)!r}.")
@@ -173,13 +174,14 @@ def require_left(key: str, skip_first: int, key_of_length: str, length: int) -> 
     )
 
 
-def from_mapping(cls: type[T], values: Mapping[str, Any], group: str) -> T:
+def from_mapping(cls: type[T], values: Mapping[str, Any], group: str = "") -> T:
     """Builds the dataclass `cls` from `values`; errors name the key with its group.
 
     Args:
         cls: a dataclass that validates the values of its fields in `__post_init__`.
         values: the group's values, some of which may already be dataclasses.
-        group: the configuration group, for messages (`"ffn"` gives `ffn.width`).
+        group: the configuration group, for messages (`"ffn"` gives `ffn.width`); empty for values
+            that are arguments of a function.
 
     Raises:
         ConfigError: for values that are not a mapping, an unknown key, a missing required key, or a
@@ -188,12 +190,13 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], group: str) -> T:
     require_group(group, values)
     known = {f.name: f for f in fields(cls)}
     for key in values:
-        require_choice(f"a key of {group}", key, sorted(known))
+        require_choice(f"a key of {group}" if group else "an argument", key, sorted(known))
     needed = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
     require_group(group, values, needed)
     hints = get_type_hints(cls)
     for key, value in values.items():
-        require_type(f"{group}.{key}", value, *(get_args(hints[key]) or [hints[key]]))
+        name = f"{group}.{key}" if group else key
+        require_type(name, value, *(get_args(hints[key]) or [hints[key]]))
     return cls(**values)
 
 

@@ -82,8 +82,8 @@ def _of_system() -> int:
 
 
 def _of_task() -> list[int]:
-    told = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    return [int(told)] if told.isdigit() and int(told) else []
+    value = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return [int(value)] if value.isdigit() and int(value) else []
 
 
 def _quotas() -> Iterator[float]:

@@ -8,12 +8,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from nerve.metric_names import SITES, STORED
+from nerve.metric_names import SAMPLES_PER_DIMENSION, STORED
+from nerve.sites_and_groups import SITES
 
 VERDICTS = ("well", "under", "severely under")
 
 
-LEAST_RATIO = {"well": 8.0, "under": 2.0}
+LEAST_RATIO = {"well": float(SAMPLES_PER_DIMENSION), "under": 2.0}
 """The smallest N/D for each verdict, if no halves were measured."""
 
 
@@ -80,6 +81,17 @@ OF_CHANNELS = "token_mixing"
 
 
 _NEEDED = ("largest_share", "top_share", "position_ratio", "pr")
+
+
+def sampling(rows: pd.DataFrame) -> pd.Series:
+    """The verdict on each row of metrics by N/D, one of `VERDICTS`; NaN if nothing was measured.
+
+    Args:
+        rows: has `n_samples`, `d_ff` and `status`.
+    """
+    columns = {name: rows[name].to_numpy() for name in ("n_samples", "d_ff")}
+    codes = sampling_codes(columns, (rows["status"] == "ok").to_numpy())
+    return pd.Series(np.array([*VERDICTS, np.nan], object)[codes], rows.index, object)
 
 
 def sampling_codes(columns: Columns, is_measured: np.ndarray) -> np.ndarray:

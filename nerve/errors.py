@@ -72,8 +72,8 @@ def with_notes(error: BaseException) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, without its final period, for a message that quotes it;
-    the name of the error's class if it has no message. Messages of torch go on with a stack of
-    C++, others with a log."""
+    the name of the error's class if it has no message. Messages of torch continue with a stack
+    trace of C++, others with a log."""
     message = str(error).strip() or type(error).__name__
     return message.splitlines()[0].rstrip(".")
 

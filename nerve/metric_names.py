@@ -1,4 +1,4 @@
-"""The catalog of metrics: their names and properties, and the places that show them.
+"""The catalog of metrics: their names and properties, and the views that show them.
 
 Every list of metrics in nerve derives from `CATALOG`: the columns that a run stores, what loggers
 and sweepers receive, what is compared over runs and depth, and what tables and figures show. A new
@@ -12,37 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-SITES = ("pre", "post")
-"""Where features are measured: before and after the nonlinearity."""
-
-GROUP_SITES = ("stream_in", "input", "pre", "post", "output", "stream_out")
-"""The sites in the `groups` table, along a block: the residual stream before the FFN, the FFN's
-input, before and after the nonlinearity, the FFN's output, and the stream after it."""
-
-AROUND = ("stream_in", "input", "output", "stream_out")
-"""The sites around the nonlinearity, the options of `monitor.sites`."""
-
-GROUPS = {
-    "position": ("0", "like_0", "q1", "q2", "q3", "q4"),
-    "frequency": ("head", "mid", "tail"),
-    "halves": ("a", "b"),
-}
-"""The groupings of samples, which are the options of `monitor.groups`, and the groups of each:
-
-- by position in the sequence: 0 alone, and the others in four equal parts; `like_0` has as many
-  samples as `0`, one from another position of each sequence, so that the two can be compared
-- by the frequency of the token: the most frequent tokens, which account for a third of all
-  occurrences, the next third, and the last
-- halves: alternate sequences
-"""
-
-POOLED = "all"
-"""The grouping, and the group, of rows with all samples of a site."""
+from nerve.sites_and_groups import SITES
 
 SPREAD = ("se", "pr", "eee")
 """The metrics whose sampling error is estimated from halves."""
 
-Place = Literal["summary", "overview", "maps", "curves", "layers", "scatter", "tables", "depth"]
+SAMPLES_PER_DIMENSION = 8
+"""The smallest number of samples per dimension of the features, N/D, of a well sampled spectrum.
+Measurements take as many by default."""
+
+View = Literal["summary", "overview", "maps", "curves", "layers", "scatter", "tables", "depth"]
 """Where a metric is shown: in the summary at the end of a run; for one run, in its overview and its
 maps over depth and time; for several, as curves over steps, over layers, and against the loss; in
 tables; and by default in `metrics_by_depth`."""
@@ -58,7 +37,7 @@ class Metric:
         unit: the unit of its values, or the meaning of their extremes.
         title: its name in words.
         bounds: the range of its values.
-        at_most, at_least: functions of rank r and width D, the limit of pre if its rank is r.
+        at_most, at_least: the limits of pre with rank r and width D, as functions of (r, D).
         neutral: the value that means that the nonlinearity changes nothing; None if there is none.
         flatter: the side of `neutral` on which the nonlinearity flattens the spectrum.
         is_ratio: whether it is shown on a logarithmic axis if its values span a wide range.
@@ -67,7 +46,7 @@ class Metric:
         compared: whether `final_metrics` has it, averaged over layers, then over seeds.
         correlated: whether it is correlated with the loss by default.
         grouped: whether the `groups` table also has it, for sites and groups of samples.
-        shown: the places that show it.
+        shown: the views that show it.
     """
 
     column: str
@@ -85,7 +64,7 @@ class Metric:
     compared: bool = False
     correlated: bool = False
     grouped: bool = False
-    shown: tuple[Place, ...] = ()
+    shown: tuple[View, ...] = ()
 
     @property
     def has_sites(self) -> bool:
@@ -294,9 +273,9 @@ def columns_of(which: Callable[[Metric], bool]) -> tuple[str, ...]:
     return tuple(column for metric in CATALOG if which(metric) for column in metric.columns)
 
 
-def shown_in(place: Place) -> tuple[Metric, ...]:
-    """The metrics that a place shows."""
-    return tuple(metric for metric in CATALOG if place in metric.shown)
+def shown_in(view: View) -> tuple[Metric, ...]:
+    """The metrics that a view shows."""
+    return tuple(metric for metric in CATALOG if view in metric.shown)
 
 
 STORED = columns_of(lambda metric: metric.stored)

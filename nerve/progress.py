@@ -1,4 +1,4 @@
-"""Reports the progress of work that takes minutes."""
+"""Shows the progress of a command or function that takes minutes."""
 
 import sys
 import time

@@ -20,6 +20,7 @@ def walk(folder: str) -> None:
 
     import nerve
     from nerve.cli.experiment.summary import print_summary
+    from nerve.measuring.eigenproblem import ROW
     from nerve.recording.writer import logged_values
     from nerve.report import write
 
@@ -31,7 +32,7 @@ def walk(folder: str) -> None:
         record = nerve.RunRecord.create(f"runs/{name}", {"activation": {"name": name}}, seed=0)
         store = nerve.RunStore(record.directory, record.run_id)
         for step in range(4):
-            rows = nerve.measure(model, [torch.randn(99, 6)], ffns=ffns).drop(columns="outliers")
+            rows = nerve.measure(model, [torch.randn(99, 6)], ffns=ffns)[[*ROW]]
             rows = rows.astype(object).where(rows.notna(), None).to_dict("records")
             at_step = {"step": step, "tokens_seen": step, "val_loss": 4.0 - step}
             store.append_metrics([rows[0] | at_step])

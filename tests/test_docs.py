@@ -173,10 +173,13 @@ def check_own_model(found: SimpleNamespace) -> None:
     assert measured["step"].tolist() == [0, 0, 1000, 1000]
     assert nerve.load_metrics("outputs/measured")["step"].tolist() == [1000, 1000]
     looped = nerve.load_metrics("outputs/loop", factors=["design"])
-    assert looped["step"].tolist() == [0, 0, 10, 10, 20, 20]
+    assert looped["step"].tolist() == [0, 0, 10, 10, 20, 20, 25, 25]
+    assert set(looped["sampling"]) == {"well"}
+    assert looped["val_loss"].notna().all()
     assert nerve.load_runs("outputs/loop")["run_status"].tolist() == ["done"]
     assert nerve.load_metrics("outputs/resumed")["step"].tolist() == [0, 0]
-    assert torch.load("last.pt")["watch"]["n_steps"] == 20
+    saved = torch.load("last.pt")
+    assert saved["watch"]["n_steps"] == saved["optimizer"]["state"][0]["step"] == 20
     trained = nerve.load_metrics("outputs/trainer")
     assert trained["step"].tolist() == [0, 0, 2, 2, 4, 4]
     assert trained["train_loss"].notna().tolist() == [False, False, True, True, True, True]

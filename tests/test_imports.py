@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {
     *("errors", "config", "files", "cores", "shared_context"),
-    *("progress", "metric_names", "derived", "spectra"),
+    *("progress", "sites_and_groups", "metric_names", "derived", "spectra"),
 }
 """What every folder may import, so far as it stands above it."""
 
@@ -27,8 +27,9 @@ ALLOWED = {
     "cores": set(),
     "shared_context": set(),
     "progress": set(),
-    "metric_names": set(),
-    "derived": {"metric_names"},
+    "sites_and_groups": set(),
+    "metric_names": {"sites_and_groups"},
+    "derived": {"metric_names", "sites_and_groups"},
     "spectra": {"errors", "shared_context"},
     "nn": BASE - {"derived"},
     "models": BASE | {"nn"},
@@ -46,14 +47,15 @@ ALLOWED = {
 # Of the commands, folder or file to what of nerve/cli it may import beside itself.
 OF_COMMANDS = {
     "console": set(),
+    "directories": set(),
     "saved": set(),
     "text_table": {"console"},
     "status_table": {"console", "text_table"},
     "config": {"saved"},
-    "experiment": {"config", "console"},
-    "sweep": {"config", "console", "experiment"},
+    "experiment": {"config", "console", "directories"},
+    "sweep": {"config", "console", "directories", "experiment"},
     "queued": {"sweep"},
-    "probing": {"console", "experiment"},
+    "probing": {"console", "directories", "experiment"},
     "entry": set(),
     "run": {"config", "console", "entry", "experiment", "sweep"},
     "probe": {"console", "entry", "probing"},
@@ -65,7 +67,7 @@ OF_COMMANDS = {
 LIGHT = ("lightning", "torch", "matplotlib", "pandas")
 WITHOUT = {
     **dict.fromkeys(("errors", "config", "files", "cores", "shared_context"), LIGHT),
-    **dict.fromkeys(("progress", "metric_names"), LIGHT),
+    **dict.fromkeys(("progress", "sites_and_groups", "metric_names"), LIGHT),
     "spectra": ("lightning", "torch.distributed"),
     "nn": ("lightning",),
     "models": ("lightning",),

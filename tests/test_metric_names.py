@@ -19,20 +19,13 @@ from torch import nn
 
 import nerve
 from nerve import FFNAdapter, final_metrics, load_metrics, measure
-from nerve.derived import with_derived
-from nerve.metric_names import (
-    CATALOG,
-    DERIVED,
-    MEASURED,
-    SITES,
-    STORED,
-    metric_of,
-)
+from nerve.metric_names import CATALOG, DERIVED, MEASURED, STORED, metric_of
 from nerve.recording.writer import logged_values, mean_values
 from nerve.report.one_run import content_of_run
 from nerve.report.several_runs import content_of_runs
+from nerve.sites_and_groups import SITES
 from nerve.spectra.metrics import OF_ONE_SPECTRUM, OF_TWO_SPECTRA
-from nerve.storage.schema import METRICS
+from nerve.storage.schema import METRICS_SCHEMA
 
 
 def row(layer: int, ffn: str = "ffn", **values: float | None) -> dict:
@@ -45,19 +38,18 @@ def measured() -> pd.DataFrame:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6))
     ffn = FFNAdapter(0, "ffn", model[0], model[2])
-    rows = measure(model, [torch.randn(10, 20, 6)], ffns=[ffn])
-    return with_derived(rows.drop(columns="outliers"))
+    return measure(model, [torch.randn(10, 20, 6)], ffns=[ffn])
 
 
 def test_the_stored_metrics_are_columns_in_the_order_of_the_catalog():
-    assert [name for name in METRICS.names if metric_of(name)] == list(STORED)
+    assert [name for name in METRICS_SCHEMA.names if metric_of(name)] == list(STORED)
     assert len(set(STORED + DERIVED)) == len(STORED + DERIVED)
     assert set(MEASURED) <= set(STORED)
 
 
 def test_measured_and_derived_columns_are_those_of_the_catalog(measured):
     """Every metric has a function, and every function a metric."""
-    others = {*METRICS.names, "outliers"} - set(STORED)
+    others = {*METRICS_SCHEMA.names, "outliers", "sampling"} - set(STORED)
     assert [name for name in measured if name not in others] == [
         *STORED,
         *(name for name in measured if name in DERIVED),

@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 from support import TINY_RUN, as_before
 
 import nerve
-from nerve.metric_names import GROUP_SITES, GROUPS
+from nerve.sites_and_groups import GROUP_SITES, GROUPINGS
 from notebooks import assert_small_and_without_places, stored_cells
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "groups.ipynb"
@@ -45,7 +45,7 @@ def test_a_run_stores_groups_and_sites_with_every_second_measurement(run):
     groups = nerve.load_groups(run, ["activation.name"])
     assert sorted(groups["step"].unique()) == [0, 4]
     assert set(groups["site"]) == {*GROUP_SITES}
-    assert set(groups["grouping"]) == {"all", *GROUPS}
+    assert set(groups["grouping"]) == {"all", *GROUPINGS}
     assert set(groups["activation.name"]) == {"gelu"}
     # Of the first grouping the groups hold all samples but what equal numbers leave out.
     keys = ["step", "layer", "site"]

@@ -21,8 +21,8 @@ DEPTH_NAMES = columns_of(lambda metric: "depth" in metric.shown)
 """The metrics that are shown over depth."""
 
 STACKS = ("encoder_", "decoder_")
-"""How the names of FFNs start that are numbered within a part of the model, whose number of layers
-is not recorded: that of the model is the encoder's."""
+"""Prefixes of FFNs whose layers are numbered within a part of the model, whose number of layers is
+not recorded: that of the model is the encoder's."""
 
 Region = Literal["all", "middle"]
 REGIONS: tuple[Region, ...] = ("all", "middle")

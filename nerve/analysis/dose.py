@@ -97,10 +97,10 @@ def dose_response(
         own = points[ok & (codes == group)]
         _require_pairs(own, dose, by)
         for name in names:
-            said = {**about, "metric": name}
+            labels = {**about, "metric": name}
             predicted = _predicted(designs, points["design_id"], about, name)
             rows += (
-                {**said, dose: value, **response, **predicted}
+                {**labels, dose: value, **response, **predicted}
                 for value, response in _responses(own, dose, name, reference, predicted)
             )
     frame = pd.DataFrame(rows, columns=columns)

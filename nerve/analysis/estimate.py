@@ -182,7 +182,9 @@ def slope_difference(
     return Estimate(*fit.effect(values, row), n_points, len(values))
 
 
-def correlation(x: np.ndarray, y: np.ndarray, given: Sequence[np.ndarray] = ()) -> Estimate:
+def correlation_estimate(
+    x: np.ndarray, y: np.ndarray, given: Sequence[np.ndarray] = ()
+) -> Estimate:
     """Partial correlation over n points with Fisher's interval, tanh(atanh r ± z / √(n-3-k)).
 
     k is the number of controls; fewer than 4 + k points have no interval.

@@ -3,7 +3,7 @@ are confounded."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -12,11 +12,9 @@ import pandas as pd
 
 from nerve.analysis.compare import COUNTS, NUMBERS
 from nerve.analysis.groups import contrasts, pr_column
-from nerve.metric_names import DERIVED, GROUP_SITES, GROUPS, POOLED
-from nerve.storage.columns import CONFIGURED, RECORDED_GROUPS
-from nerve.storage.identity import EXCLUDED
-from nerve.storage.record import RunRecord
-from nerve.storage.schema import METRICS
+from nerve.analysis.leaves import leaves_of
+from nerve.sites_and_groups import GROUP_SITES, GROUPINGS, POOLED
+from nerve.storage.schema import METRIC_COLUMNS
 
 DESIGN_FACTORS = (
     "normalization.kind",
@@ -47,17 +45,14 @@ _ESTIMATED = (
     *("pearson", "spearman", "given_clock", "given_lr", "kendall", "loss_kendall", "given_loss"),
     "exponent",
 )
-_PARTS = [group for groups in GROUPS.values() for group in groups]
+_PARTS = [group for groups in GROUPINGS.values() for group in groups]
 """The groups of all groupings."""
 
-RECORDED = {entry.name for entry in fields(RunRecord)} | {"design_id"}
-DIGESTS = ("weights", "batches")
-"""Hashes of tensors in the configuration of a measured model, which differ between any two runs."""
 TAKEN = {
-    *(*METRICS.names, *DERIVED, *NUMBERS, *(f"{name}_sd" for name in NUMBERS), *COUNTS),
-    *("data", "heldout", "flag", "reason", "n_steps", "n_damaged_parts", "n_seeds", "n_flagged"),
+    *(*METRIC_COLUMNS, *NUMBERS, *(f"{name}_sd" for name in NUMBERS), *COUNTS),
+    *("data", "heldout", "flag", "reason", "n_steps", "n_seeds", "n_flagged"),
     *("first_loss", "min_loss", "final_loss", "final_step", "target_loss", "reached"),
-    *("depth", "middle", "region", "outliers", "sampling", "schedule", "clock", "metric", "window"),
+    *("depth", "middle", "region", "schedule", "clock", "metric", "window"),
     *("first_step", "n", "n_missing", "n_heldout", "n_points", "n_designs", "d_ff_min", "d_ff_max"),
     *(f"{name}{end}" for name in _ESTIMATED for end in ("", "_low", "_high")),
     *("null", "coefficient", "r_squared", "r_clock", "r_lr", "points"),
@@ -91,9 +86,9 @@ class Factors:
 def find_factors(runs: pd.DataFrame) -> Factors:
     """Sorts the configuration leaves of `load_runs` into varying, confounded and constant ones.
 
-    The seed, leaves that do not affect results (`EXCLUDED`), `_target_` keys and leaves with the
-    name of a result are not factors. A leaf follows another if its effect could not be separated
-    from that of the other:
+    The seed, leaves of nerve-run that do not affect results (`EXCLUDED`), `_target_` keys and
+    leaves with the name of a result are not factors. A leaf follows another if its effect could not
+    be separated from that of the other:
 
     - if both split the runs in the same way, or at least those runs that have the leaf (such as the
       learning rate of a part of an optimizer, `optimizer.parts.main.build.lr`, and `optimizer.lr`)
@@ -101,11 +96,11 @@ def find_factors(runs: pd.DataFrame) -> Factors:
       (`optimizer.name`), at least one of its levels must have several designs; if it is a number,
       all of its levels must
     """
-    leaves = [name for name in runs.columns if _is_leaf(str(name))]
+    leaves = leaves_of(runs)
     ordered = [name for name in DESIGN_FACTORS if name in leaves]
     ordered += [name for name in leaves if name not in DESIGN_FACTORS and name not in TAKEN]
     ordered += [name for name in leaves if name in TAKEN]
-    leaf_of = {name: _Leaf.of(runs[name]) for name in ordered}
+    leaf_of = {name: _Leaf.of(leaves[name]) for name in ordered}
     designs = pd.factorize(runs["design_id"])[0]
     varying: list[str] = []
     taken: list[str] = []
@@ -154,18 +149,6 @@ def describe_ties(factors: Factors, n_shown: int = 6) -> list[str]:
             f"{', '.join(others[:n_shown])}{more}."
         )
     return sentences
-
-
-def _is_leaf(name: str) -> bool:
-    parts = name.split(".")
-    return (
-        name not in RECORDED
-        and name != f"{CONFIGURED}seed"
-        and name not in DIGESTS
-        and parts[0] not in RECORDED_GROUPS
-        and not any(name == other or name.startswith(f"{other}.") for other in EXCLUDED)
-        and not any(part.startswith("_") for part in parts)
-    )
 
 
 @dataclass(frozen=True)

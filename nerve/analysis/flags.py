@@ -49,9 +49,9 @@ def flag_runs(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
         it is not an independent sample; runs without a recorded seed count as having the same seed
 
       The limit is `unigram_loss`, or, if none is stored, the first of several measured losses.
-      Stores have no NaN: a loss that is missing at the last step was NaN there. It was not if the
-      features are finite there, and either an earlier step lacks the loss, too (the run was
-      evaluated less often than measured), or the training loss is known.
+      Stores have no NaN: a loss that is missing at the last step counts as NaN, unless the features
+      are finite there and either an earlier step lacks the loss, too (the run was evaluated less
+      often than measured), or the training loss is known.
 
     - `reason`: one sentence with the numbers, empty for `ok`
     - `n_steps`: measured steps
@@ -59,7 +59,8 @@ def flag_runs(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     - `n_damaged_parts`: as in `load_metrics`
     - `first_loss, min_loss, final_loss`: validation loss, nats; the final one is missing if it was
       NaN; `final_step`, the last measured step; `unigram_loss` as in `load_runs`
-    - `data`: identifies corpus and tokenizer; losses of runs with different values are never pooled
+    - `data`: identifies corpus and tokenizer by their fingerprints, missing without them; losses of
+      runs with different values are never pooled
     - `heldout`: identifies the held-out set, which may differ within `data` (in `monitor.n_tokens`)
 
     Args:
@@ -225,7 +226,9 @@ def _data(runs: pd.DataFrame) -> pd.Series:
     """Eight hex digits that identify the text or images of a run; None if they are unknown."""
     named = zip(*(_texts(runs, name) for name in FINGERPRINTS), strict=True)
     names = [
-        hashlib.sha256(f"{corpus} {tokenizer}".encode()).hexdigest()[:8] if corpus else None
+        hashlib.sha256(f"{corpus} {tokenizer}".encode()).hexdigest()[:8]
+        if corpus or tokenizer
+        else None
         for corpus, tokenizer in named
     ]
     return pd.Series(names, dtype=object)

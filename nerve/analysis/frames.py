@@ -8,8 +8,7 @@ import pandas as pd
 from pandas.api.types import infer_dtype
 
 from nerve.errors import ConfigError
-from nerve.metric_names import DERIVED
-from nerve.storage.schema import Dataset
+from nerve.storage.schema import METRIC_COLUMNS, Dataset
 
 AT_STEP = ("tokens_seen", "train_loss", "val_loss")
 """Columns of `load_metrics` that all rows of a run and step share."""
@@ -58,7 +57,7 @@ def require_joinable(factors: Sequence[str], runs: pd.DataFrame, dataset: Datase
     """Raises `ConfigError` with similar names for factors that `runs` does not have, or that the
     rows of the dataset already have."""
     own = {*dataset.schema.names, "n_damaged_parts"}
-    own |= {*DERIVED, "outliers", "sampling"} if dataset.name == "metrics" else set()
+    own |= METRIC_COLUMNS if dataset.name == "metrics" else set()
     columns = [name for name in runs.columns if name not in own]
     for factor in factors:
         if factor in columns:
@@ -156,7 +155,7 @@ def number_rows(frame: pd.DataFrame, by: Sequence[str]) -> np.ndarray:
 
 
 def _distinct(values: pd.Series) -> pd.Series:
-    """Values that pandas tells apart: true equals 1 in its tables, but is another level."""
+    """Values that pandas distinguishes: in its tables true equals 1, which is another level."""
     if values.dtype != object or not infer_dtype(values, skipna=True).startswith("mixed"):
         return values
     return values.map(lambda value: (value,) if isinstance(value, bool) else value)

@@ -165,12 +165,13 @@ def _read_one(record: StoredRun, dataset: Dataset) -> tuple[pa.Table, Sequence[S
         return dataset.schema.empty_table(), [error]
 
 
-def gathered(blocks: Iterable[tuple[Block, float]]) -> dict[str, np.ndarray | pd.Categorical]:
+def gather_columns(blocks: Iterable[tuple[Block, float]]) -> dict[str, np.ndarray | pd.Categorical]:
     """The columns of all blocks; strings become categories in alphabetical order.
 
     Args:
-        blocks: at least one block, each with how many times the rows so far, including its own, all
-            rows are likely to be; this only determines how much memory is allocated at the start.
+        blocks: at least one block, each with the estimated number of all rows as a multiple of
+            those up to and including this block; it only determines how much memory is allocated at
+            the start.
     """
     columns: dict[str, _Column] = {}
     n_threads = min(allowed(), MOST_THREADS)
@@ -190,7 +191,7 @@ def gathered(blocks: Iterable[tuple[Block, float]]) -> dict[str, np.ndarray | pd
     return {name: own.finished() for name, own in columns.items()}
 
 
-def frame_of(columns: Mapping[str, Any]) -> pd.DataFrame:
+def frame_from_columns(columns: Mapping[str, Any]) -> pd.DataFrame:
     """A frame that shares memory with these arrays; strings become categories in their order."""
     # Without copy=False, pandas copies a dictionary into one block per dtype.
     return pd.DataFrame(

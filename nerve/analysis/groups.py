@@ -7,7 +7,7 @@ import pandas as pd
 
 from nerve.analysis.depth import metrics_by_depth
 from nerve.analysis.frames import at_last_step, require_columns, require_free, require_names
-from nerve.metric_names import SITES
+from nerve.sites_and_groups import SITES
 
 ROW = ["run_id", "step", "layer", "ffn"]
 

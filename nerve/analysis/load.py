@@ -5,8 +5,8 @@ All loaders take a run directory, a sweep, a tree of outputs, or several of thes
 everything they leave out. Unfinished and failed runs are included in every frame; see `run_status`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,8 @@ from nerve.analysis.gather import (
     Coded,
     Derive,
     StoredRun,
-    frame_of,
-    gathered,
+    frame_from_columns,
+    gather_columns,
     reads,
 )
 from nerve.analysis.run_rows import RunRows
@@ -39,7 +39,7 @@ class Runs:
     Args:
         paths: a run, a sweep, a tree of outputs, or several of these.
         factors: columns of `frame`, such as `"normalization.kind"` or `"final.val_loss"`, that are
-            joined to `metrics`, `spectra` and `scalars`.
+            joined to `metrics`, `spectra`, `scalars` and `groups`.
 
     Raises:
         StoreError: if there is no run under `paths`.
@@ -65,23 +65,22 @@ class Runs:
     @cached_property
     def metrics(self) -> pd.DataFrame:
         """One row per measured FFN and step; columns and errors as in `load_metrics`."""
-        _ = self.groups  # load these before the threads below need them
-        return self._rows(DATASETS["metrics"], self._with_derived)
+        return self._joined("metrics", self._metrics)
 
     @cached_property
     def spectra(self) -> pd.DataFrame:
         """One row per measured FFN, step and site, as in `load_spectra`."""
-        return self._rows(DATASETS["spectra"])
+        return self._joined("spectra", self._rows)
 
     @cached_property
     def scalars(self) -> pd.DataFrame:
         """One row per logged value, as in `load_scalars`."""
-        return self._rows(DATASETS["scalars"])
+        return self._joined("scalars", self._rows)
 
     @cached_property
     def groups(self) -> pd.DataFrame:
         """One row per site and group of a measured FFN and step, as in `load_groups`."""
-        return self._rows(DATASETS["groups"])
+        return self._joined("groups", lambda dataset: self._groups)
 
     @cached_property
     def flags(self) -> pd.DataFrame:
@@ -89,17 +88,17 @@ class Runs:
         `frame`."""
         return flag_runs(self.metrics, self.frame)
 
-    def _with_derived(self, rows: Block, runs: slice) -> Block:
-        """Rows of metrics of some of the runs, with the columns derived from them and from their
-        groups."""
+    def _with_derived(self, groups: pd.DataFrame, rows: Block, runs: slice) -> Block:
+        """Rows of metrics of some of the runs, with the columns derived from them and from the
+        groups of all runs."""
         ffn, status, numbers = rows["ffn"], rows["status"], _numbers_of(rows)
         assert isinstance(ffn, Coded)
         assert isinstance(status, Coded)
         sampling = sampling_codes(numbers, status.equal("ok"))
-        if len(self.groups):
+        if len(groups):
             ends = np.cumsum([0, *self._counts["groups"]])
-            groups = self.groups.iloc[ends[runs.start] : ends[runs.stop]]
-            sampling = codes_by_halves(sampling, rows, groups)
+            own = groups.iloc[ends[runs.start] : ends[runs.stop]]
+            sampling = codes_by_halves(sampling, rows, own)
         return {
             **rows,
             **derived_columns(numbers),
@@ -107,12 +106,37 @@ class Runs:
             "sampling": Coded.used(sampling, VERDICTS),
         }
 
-    def _rows(self, dataset: Dataset, derive: Derive | None = None) -> pd.DataFrame:
-        """The rows of all runs, with the columns that `derive` adds and the `factors` of their run.
+    @cached_property
+    def _groups(self) -> dict[str, Any]:
+        """The columns of `groups` without factors. Metrics are derived from them, whose factors may
+        have the name of one of these columns."""
+        return self._rows(DATASETS["groups"])
 
-        Only a few runs are read at a time, so that hardly more than the frame is in memory.
+    def _metrics(self, dataset: Dataset) -> dict[str, Any]:
+        return self._rows(dataset, partial(self._with_derived, frame_from_columns(self._groups)))
+
+    def _joined(self, name: str, load: Callable[[Dataset], Mapping[str, Any]]) -> pd.DataFrame:
+        """The rows of a dataset with the `factors` of their run, which are checked first.
+
+        Args:
+            name: of the dataset.
+            load: returns the columns of its rows.
         """
+        dataset = DATASETS[name]
         require_joinable(self.factors, self.frame, dataset)
+        columns = dict(load(dataset))
+        counts = np.array(self._counts[name])
+        for factor in self.factors:
+            if factor not in columns:
+                columns[factor] = _repeated(self.frame[factor], counts)
+        return frame_from_columns(columns)
+
+    def _rows(self, dataset: Dataset, derive: Derive | None = None) -> dict[str, Any]:
+        """The columns of the rows of all runs, with those that `derive` adds, and `run_status` and
+        `n_damaged_parts` of their run.
+
+        Only a few runs are read at a time, so that hardly more than these columns is in memory.
+        """
         counts: list[int] = []
         unread: list[Sequence[StoreError]] = []
 
@@ -122,14 +146,14 @@ class Runs:
                 unread.extend(read.unread)
                 yield read.block, len(self) / len(counts)
 
-        columns: dict[str, Any] = {**gathered(blocks())}
+        columns: dict[str, Any] = {**gather_columns(blocks())}
         self._counts[dataset.name] = counts
         self._warn(dataset, unread)
-        n_damaged = np.array([len(errors) for errors in unread], np.int32)
-        runs = self.frame.assign(n_damaged_parts=n_damaged)
-        for name in dict.fromkeys(["run_status", "n_damaged_parts", *self.factors]):
-            columns[name] = _repeated(runs[name], np.array(counts))
-        return frame_of(columns)
+        n_damaged = pd.Series([len(errors) for errors in unread], dtype=np.int32)
+        of_runs = {"run_status": self.frame["run_status"], "n_damaged_parts": n_damaged}
+        for name, values in of_runs.items():
+            columns[name] = _repeated(values, np.array(counts))
+        return columns
 
     def _warn(self, dataset: Dataset, unread: Sequence[Sequence[StoreError]]) -> None:
         errors = [error for of_run in unread for error in of_run]

@@ -19,7 +19,7 @@ from nerve.storage.identity import (
 )
 from nerve.storage.record import RunRecord
 
-TIMES = ("started", "heartbeat", "ended")
+TIMES = ("started", "heartbeat", "advanced", "ended")
 
 _INEXACT = 2**53
 """From here on, not every integer is a float."""
@@ -125,8 +125,8 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _add(row: dict[str, Any], values: Mapping[str, Any], prefix: str = "") -> None:
-    """Adds values to a row. One whose name is taken, which only a record of an earlier version has,
-    gets another one: see `require_distinct`."""
+    """Adds values to a row. A value whose name is taken, as may happen in records of earlier
+    versions, gets another name: see `require_distinct`."""
     if not prefix and row.keys().isdisjoint(values):
         row |= values
         return

@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 
 from nerve.analysis.frames import require_columns
-from nerve.analysis.gather import Block, frame_of
+from nerve.analysis.gather import Block, frame_from_columns
 from nerve.analysis.statistics import student_t
 from nerve.derived import VERDICTS
-from nerve.metric_names import POOLED, SPREAD
+from nerve.metric_names import SPREAD
+from nerve.sites_and_groups import POOLED
 
 ROW = ("run_id", "step", "layer", "ffn")
 """The columns that identify a row of metrics."""
@@ -135,7 +136,7 @@ def codes_by_halves(codes: np.ndarray, rows: Block, groups: pd.DataFrame) -> np.
         .groupby([of_halves[name] for name in ROW], observed=True)
         .max()
     )
-    places = pd.MultiIndex.from_frame(frame_of({name: rows[name] for name in ROW}))
+    places = pd.MultiIndex.from_frame(frame_from_columns({name: rows[name] for name in ROW}))
     found = worst.reindex(places).to_numpy(float)
     return np.where(np.isnan(found) | (codes < 0), codes, found).astype(np.int8)
 

@@ -22,7 +22,7 @@ ROUNDING = 1e-12
 """A variation of at most this share of a value's size counts as none."""
 
 MANY = 200
-"""From so many degrees of freedom on, the quantile of Student's t is an expansion in their
+"""From this many degrees of freedom on, the quantile of Student's t is an expansion in their
 inverse."""
 
 

@@ -19,14 +19,14 @@ WIDTH = 120
 def console() -> Console:
     """A console for tables, on the current stdout. Brackets are plain text, as in an override with
     a list."""
-    _print_all_letters()
+    print_all_letters()
     return Console(width=None if sys.stdout.isatty() else WIDTH, soft_wrap=False, markup=False)
 
 
 def say(line: str) -> None:
     """Prints a line unchanged and flushes it, since other processes may write to the same terminal
     next."""
-    _print_all_letters()
+    print_all_letters()
     print(line, flush=True)
 
 
@@ -54,9 +54,12 @@ def whole_numbers(text: str) -> tuple[int, ...]:
         ) from error
 
 
-def _print_all_letters() -> None:
+def print_all_letters() -> None:
     """Makes stdout escape characters that its encoding lacks, as stderr does: a file name may
-    contain bytes that are not valid text, and the locale C has only ASCII."""
+    contain bytes that are not valid text, and the locale C has only ASCII.
+
+    `console` and `say` call it; a command that logs to stdout must call it first.
+    """
     if not isinstance(sys.stdout, io.TextIOWrapper):
         return
     raises = {"strict"} if sys.stdout.encoding.lower() == "utf-8" else {"strict", "surrogateescape"}
@@ -72,7 +75,7 @@ def figure(value: float | None) -> str:
 
 
 def error_text(error: Mapping[str, str] | None) -> str:
-    """The error with which a run ended, as its record has it; an interruption has no type."""
+    """The error with which a run ended, from its record; an interruption has no type."""
     named = dict(error or {})
     if named.get("type") == "Interrupted":
         del named["type"]

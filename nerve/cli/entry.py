@@ -47,7 +47,7 @@ def _enter(command: str, module: str) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"{command}: stopped", file=sys.stderr, flush=True)
-        # What is half imported may have threads, or complain at its end.
+        # What is half imported may have threads, or fail as it ends.
         os._exit(STOPPED)
     except BrokenPipeError:
         with open(os.devnull, "w") as nowhere:

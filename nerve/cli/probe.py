@@ -36,17 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lists, output = given.pop("list"), given.pop("output")
     # torch and pandas take seconds to import
     from nerve.cli.probing.run import listing, probe, source_of
-    from nerve.cli.probing.source import Asked
+    from nerve.cli.probing.source import ProbeArguments
 
     try:
         if output is not None:
             require_path("--output", output)
-        asked = Asked(**given)
+        args = ProbeArguments(**given)
         if lists:
-            say(listing(source_of(asked), unseen))
+            say(listing(source_of(args), unseen))
             return
         with shown() as progress:
-            probe(source_of(asked), asked, output=output, progress=progress)
+            probe(source_of(args), args, output=output, progress=progress)
     except NerveError as error:
         fail("nerve-probe", with_notes(error))
     except KeyboardInterrupt:

@@ -30,24 +30,24 @@ or never learned are listed, and left out of figures and statistics.
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `nerve-report`. Errors that the user can fix are shown as one message."""
-    asked = _parser().parse_args(arguments)
+    args = _parser().parse_args(arguments)
     multiply_in_one_thread()
     # pandas and matplotlib take a second to import
     from nerve.report.write import INDEX, folder_of, write_report
 
     try:
-        for path in asked.paths:
+        for path in args.paths:
             require_path("PATH", path)
-        if asked.output is not None:
-            require_path("--output", asked.output)
-        replaces = (folder_of(asked.paths, asked.output) / INDEX).exists()
+        if args.output is not None:
+            require_path("--output", args.output)
+        replaces = (folder_of(args.paths, args.output) / INDEX).exists()
         with shown() as progress:
             index = write_report(
-                asked.paths,
-                asked.output,
-                window=asked.window,
-                steps=asked.steps,
-                reference=asked.reference,
+                args.paths,
+                args.output,
+                window=args.window,
+                steps=args.steps,
+                reference=args.reference,
                 progress=progress,
             )
     except NerveError as error:

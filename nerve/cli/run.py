@@ -102,7 +102,7 @@ class _Command:
         try:
             check_composed(hydra_config)
             require(
-                not (is_trial and config.get("check")),  # which `TrialSweeper` has seen to
+                not (is_trial and config.get("check")),  # which `TrialSweeper` handles
                 f"check=true needs hydra/sweeper=trials; {hydra_config.sweeper._target_} would "
                 "train. Leave one of them out.",
             )

@@ -29,7 +29,14 @@ def load_saved(path: Path) -> dict[str, Any]:
 
 def load_overrides(path: Path) -> list[str]:
     """The strings in `.hydra/overrides.yaml`. Raises as `load_saved` does."""
-    return [str(text) for text in _read(path, lambda: yaml.load(path.read_bytes(), _LOADER), list)]
+    return [str(text) for text in _read(path, lambda: _loaded(path.read_bytes()), list)]
+
+
+def _loaded(data: bytes) -> Any:
+    try:
+        return yaml.load(data, _LOADER)
+    except YAMLError:  # libyaml refuses the name of a file whose bytes are not valid UTF-8
+        return yaml.load(data, yaml.SafeLoader)
 
 
 def _read(path: Path, read: Callable[[], Any], kind: type) -> Any:

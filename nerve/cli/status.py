@@ -19,7 +19,7 @@ from pathlib import Path
 from nerve.cli.console import error_text, fail, say
 from nerve.cli.queued import queued_trials
 from nerve.cli.saved import load_overrides
-from nerve.cli.status_table import GO_ON, Status, show
+from nerve.cli.status_table import ACTIVE_STATES, Status, show
 from nerve.config import require_path
 from nerve.errors import NerveError, StoreError
 from nerve.storage.directory import RunDirectory
@@ -33,6 +33,9 @@ SLOW_S = 60.0
 """A run whose process is alive is slow if its heartbeat, due every ten seconds, is older than
 this."""
 
+IDLE_S = 60.0
+"""If the step of such a run has not changed for longer than this, the table says for how long."""
+
 WATCHED_EVERY_S = 10.0
 
 METRICS = DATASETS["metrics"]
@@ -45,7 +48,8 @@ def main() -> None:
         description="Shows the state, step, loss, time left, host and job of each run.",
         epilog="slow: the process is alive, but sent no heartbeat for a minute. queued: the SLURM "
         "job is pending. starting: the job has started, the run has not. dead: the process is gone "
-        "without having reported an end; its last checkpoint is what it resumes from.",
+        "without having reported an end; its last checkpoint is what it resumes from. last step: "
+        "when a run that is alive last reached a new step, if that is more than a minute ago.",
     )
     parser.add_argument(
         "path",
@@ -59,22 +63,22 @@ def main() -> None:
         action="store_true",
         help=f"refresh every {WATCHED_EVERY_S:g} s while any run is active",
     )
-    asked = parser.parse_args()
+    args = parser.parse_args()
     try:
-        for path in asked.path:
+        for path in args.path:
             require_path("PATH", path)
         while True:
-            statuses = statuses_of(asked.path)
-            if asked.watch and sys.stdout.isatty():
+            statuses = statuses_of(args.path)
+            if args.watch and sys.stdout.isatty():
                 print("\x1b[2J\x1b[H", end="")  # clears the screen
             show(statuses)
-            if not asked.watch or not any(status.state in GO_ON for status in statuses):
+            if not args.watch or not any(status.state in ACTIVE_STATES for status in statuses):
                 return
             time.sleep(WATCHED_EVERY_S)
     except NerveError as error:
         fail("nerve-status", str(error))
     except KeyboardInterrupt:
-        if not asked.watch:
+        if not args.watch:
             sys.exit(128 + signal.SIGINT)
 
 
@@ -90,7 +94,9 @@ def statuses_of(paths: Sequence[str]) -> list[Status]:
     except StoreError as error:
         statuses, none = [], error
     by_path = {os.path.abspath(status.directory): status for status in statuses}
-    at_rest = {Path(path) for path, each in by_path.items() if each.state in (*GO_ON, "done")}
+    at_rest = {
+        Path(path) for path, each in by_path.items() if each.state in (*ACTIVE_STATES, "done")
+    }
     try:
         trials = queued_trials(paths, at_rest)
     except NerveError as error:
@@ -123,9 +129,9 @@ def status_of(directory: Path) -> Status:
 def _status_of(run: RunDirectory, overrides: tuple[str, ...], damaged: str) -> Status:
     directory = run.path
     state, record = run.state, run.require_record()
-    heard = datetime.fromisoformat(record.heartbeat)  # another machine's clock may be ahead
-    silent_s = max(0.0, (datetime.now(UTC) - heard).total_seconds())
+    silent_s = _seconds_since(record.heartbeat)
     is_alive = state == RunState.ALIVE
+    idle_s = _seconds_since(record.advanced) if is_alive and record.advanced else 0.0
     left_s = _left_s(record, silent_s) if is_alive else None
     # Measurements are written at once, the step in the record only with the heartbeat.
     measured = [part_step(path) for path in list_parts(directory, METRICS)]
@@ -138,9 +144,15 @@ def _status_of(run: RunDirectory, overrides: tuple[str, ...], damaged: str) -> S
         record.final["val_loss"] if "val_loss" in record.final else _last_val_loss(record),
         left_s,
         silent_s if state in (RunState.ALIVE, RunState.DEAD) else None,
+        idle_s if idle_s > IDLE_S else None,
         "; ".join(filter(None, [error_text(record.error), record.warning, damaged])),
         _job(record),
     )
+
+
+def _seconds_since(time: str) -> float:
+    """Seconds since a time of a record; another machine's clock may be ahead."""
+    return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds())
 
 
 def _overrides(directory: Path) -> tuple[tuple[str, ...], str]:
@@ -180,10 +192,10 @@ def _left_s(record: RunRecord, silent_s: float) -> float | None:
         if record.restarts:
             return None  # the step at which it resumed is unknown
         first = 0
-    heard = datetime.fromisoformat(record.heartbeat).timestamp()
-    if record.max_steps is None or record.step <= first or heard <= since:
+    heartbeat = datetime.fromisoformat(record.heartbeat).timestamp()
+    if record.max_steps is None or record.step <= first or heartbeat <= since:
         return None
-    a_step = (heard - since) / (record.step - first)
+    a_step = (heartbeat - since) / (record.step - first)
     return max(0.0, a_step * (record.max_steps - record.step) - silent_s)
 
 

@@ -11,12 +11,12 @@ from nerve.cli.console import duration, figure, say
 from nerve.cli.text_table import fits, say_table
 from nerve.storage.record import RunRecord
 
-GO_ON = ("running", "slow", "queued", "starting")
+ACTIVE_STATES = ("running", "slow", "queued", "starting")
 """States of runs that have not ended."""
 
-ORDER = (*GO_ON, "done", "interrupted", "dead", "failed", "unreadable")
+ORDER = (*ACTIVE_STATES, "done", "interrupted", "dead", "failed", "unreadable")
 
-RIGHT = ("step", "val loss", "time left", "heartbeat")
+RIGHT = ("step", "val loss", "time left", "heartbeat", "last step")
 COLUMNS = ("run", "overrides", "state", *RIGHT, "host", "job")
 
 
@@ -35,6 +35,8 @@ class Status:
         val_loss: the last known one.
         left_s: seconds of training left; None if it is not training, or if they are unknown.
         silent_s: seconds since the last heartbeat; None once it has ended.
+        idle_s: seconds since its step last changed, or it was started, if that is long; otherwise
+            None. It may be measuring or validating, or its process may live but get nowhere.
         reason: why it ended early, cannot be read, or needs intervention; for a completed run, its
             warning.
         job: the cluster's id of its job.
@@ -47,6 +49,7 @@ class Status:
     val_loss: float | None = None
     left_s: float | None = None
     silent_s: float | None = None
+    idle_s: float | None = None
     reason: str = ""
     job: str = ""
 
@@ -115,6 +118,7 @@ def _cells(status: Status, label: str, folder: str) -> list[str]:
         figure(status.val_loss),
         "" if status.left_s is None else duration(status.left_s),
         "" if status.silent_s is None else f"{duration(status.silent_s)} ago",
+        "" if status.idle_s is None else f"{duration(status.idle_s)} ago",
         (record.host or "") if record else "",
         status.job,
     ]

@@ -10,8 +10,8 @@ from nerve.cli.console import console, say
 
 
 def say_table(names: Sequence[str], right: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table that looks like rich's, in a small part of the time: for ten thousand rows,
-    rich takes nine seconds. Cells that do not fit are folded after spaces, slashes and commas and
+    """Prints a table that looks like rich's, in a fraction of the time: for ten thousand rows, rich
+    takes nine seconds. Cells that do not fit are folded after spaces, slashes and commas and
     between the parts of a run's name, and elsewhere only if a part alone does not fit.
 
     Args:

@@ -152,7 +152,7 @@ def random_bits(n: int, *key: int) -> np.ndarray:
 
 
 def rank_batch_size(batch_size: int, world_size: int) -> int:
-    """The rows of each global batch that one process takes.
+    """The number of items of each global batch that one process takes.
 
     Raises:
         ConfigError: if the processes cannot share a batch equally.
@@ -160,15 +160,15 @@ def rank_batch_size(batch_size: int, world_size: int) -> int:
     larger = -(-batch_size // world_size) * world_size
     require(
         batch_size % world_size == 0,
-        "data.batch_size is the global batch size and must be divisible by the number of "
-        f"processes; got {batch_size} for {world_size} processes. Try {larger}.",
+        "data.batch_size counts the items of all processes and must be divisible by their "
+        f"number; got {batch_size} for {world_size} processes. Try {larger}.",
     )
     return batch_size // world_size
 
 
 def pinned(tensor: Tensor) -> Tensor:
-    """A copy in pinned memory, made by this thread alone: torch's threads would take longer where
-    other threads solve spectra, the more the longer they spin while they wait."""
+    """A copy in pinned memory, made by this thread alone: torch's threads would take longer while
+    other threads solve spectra, in particular if they spin while they wait."""
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     np.copyto(copy.numpy(), tensor.numpy())
     return copy
@@ -181,7 +181,7 @@ Fetch = Callable[[np.ndarray], Batch]
 class BatchDataModule(LightningDataModule):
     """Makes loaders for the processes of the trainer that the module is attached to.
 
-    `batch_size` is the global batch size: each of W processes takes 1/W of a batch, so that the
+    `batch_size` counts the items of all processes: each of W processes takes 1/W of a batch, so the
     batches of a run do not depend on the number of processes. The held-out set is not sharded:
     every process evaluates all of it and obtains the same loss.
     """

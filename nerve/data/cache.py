@@ -197,7 +197,7 @@ def key_of(corpus: Corpus, root: Path) -> str:
     if found is None:
         with _alone(path):  # other processes wait, and then need not read the corpus
             found = _read(path) or _look(corpus, root)
-    for message, level in found["said"]:
+    for message, level in found["messages"]:
         log.log(level, "%s", message)
     return str(found["fingerprint"])
 
@@ -205,7 +205,7 @@ def key_of(corpus: Corpus, root: Path) -> str:
 def _look(corpus: Corpus, root: Path) -> dict[str, Any]:
     """Reads the corpus, and stores its fingerprint and messages unless its files just changed."""
     before, began_ns = _state(corpus), time.time_ns()
-    content = {"fingerprint": corpus.fingerprint, "said": sorted(corpus.said.items())}
+    content = {"fingerprint": corpus.fingerprint, "messages": sorted(corpus.messages.items())}
     is_settled = before.newest_ns < began_ns - SETTLED_AFTER_NS
     if is_settled and _state(corpus) == before:
         sealed = json.dumps(content | {"checksum": checksum_of(content)})
@@ -215,7 +215,7 @@ def _look(corpus: Corpus, root: Path) -> dict[str, Any]:
         except StoreError as error:
             reason = str(error.__cause__ or error)
             log.info("the corpus %s will be read at each start: %s", corpus.name, reason)
-    return content | {"said": []}  # the messages were logged while reading
+    return content | {"messages": []}  # the messages were logged while reading
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -9,9 +9,9 @@
     meta.json        counts, sizes and fingerprints; the checksums of the small files and its own
 
 Everything is verified before it is used. At each start, the small files are verified. Of the token
-files only the size is checked, and that they are older than meta.json, which is written last; if
-they are newer, as in a copy, they are verified completely. A block of tokens is verified when it is
-first used.
+files, only the size is checked, and whether they are older than meta.json, which is written last;
+if they are newer, as in a copy, they are verified completely. A block of tokens is verified when it
+is first used.
 """
 
 import io
@@ -199,7 +199,7 @@ def build_entry(folder: Path, corpus: Corpus, spec: TokenizerSpec, val_fraction:
         with progress(f"writing {split}.tokens", sizes[split]) as add:
             texts = counted(_texts(corpus, digests), add)
             counts[split] = _write_tokens(folder / split, tokenizer, separator, texts, dtype)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     np.save(folder / "counts.npy", counts["train"], allow_pickle=False)
     meta = CacheMeta(
         corpus=corpus.name,

@@ -5,7 +5,6 @@ import logging
 import os
 import sysconfig
 import tokenize
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -16,6 +15,8 @@ from typing import NamedTuple
 from nerve.data.progress import progress
 from nerve.errors import DataError
 from nerve.files import absolute
+
+log = logging.getLogger(__name__)
 
 ROOTS: dict[str, Callable[[], str]] = {
     "stdlib": lambda: sysconfig.get_path("stdlib"),
@@ -56,7 +57,7 @@ class Corpus:
             a hub dataset, which should not be downloaded again at each start).
         files: the files that `read` reads, if it reads local files.
         reading: how they are read: everything else that determines the documents.
-        said: the messages logged while reading them, with their log levels.
+        messages: what was logged while reading them, with the log levels.
     """
 
     name: str
@@ -64,7 +65,7 @@ class Corpus:
     request: str | None = None
     files: Sequence[Path] = ()
     reading: str = ""
-    said: dict[str, int] = field(default_factory=dict)
+    messages: dict[str, int] = field(default_factory=dict)
 
     def documents(self) -> Iterator[Document]:
         """The documents in order, without those that contain only whitespace."""
@@ -84,7 +85,8 @@ class Corpus:
         """A hash of the names and contents of all documents, 16 hexadecimal digits."""
         total = hashlib.sha256()
         for name, hashed in self.named_hashes:
-            total.update(name.encode() + b"\0" + hashed.digest)
+            # The name of a file may contain bytes that are not valid UTF-8.
+            total.update(name.encode("utf-8", "surrogateescape") + b"\0" + hashed.digest)
         return total.hexdigest()[:16]
 
     @property
@@ -117,6 +119,13 @@ class Corpus:
                 "Choose files or folders that contain text."
             )
         return found
+
+
+def log_once(messages: dict[str, int], message: str, level: int = logging.WARNING) -> None:
+    """Logs a message about the files of a corpus unless it is among `messages`, and adds it."""
+    if message not in messages:
+        messages[message] = level
+        log.log(level, "%s", message)
 
 
 def validation_digests(hashes: Sequence[DocumentHash], val_fraction: float) -> frozenset[bytes]:
@@ -196,7 +205,7 @@ def python_source(roots: str | Path | Sequence[str | Path] | None = None) -> Cor
     Tests, installed packages, hidden folders, lib2to3 and files that depend on the build of the
     interpreter are omitted, so two machines with the same Python version have the same corpus.
     Names are relative to their root. Files are decoded according to their PEP 263 encoding
-    declaration; those that Python could not decode are left out with a warning.
+    declaration; those that Python could not decode are left out, and a warning is logged.
 
     Args:
         roots: folders, or the names "stdlib" and "site-packages" for those of the environment.
@@ -219,13 +228,13 @@ def python_source(roots: str | Path | Sequence[str | Path] | None = None) -> Cor
             f"{', '.join(map(str, folders))} (folders of tests and packages and hidden folders "
             "are skipped). Choose a folder that contains source files."
         )
-    said: dict[str, int] = {}
+    messages: dict[str, int] = {}
     return Corpus(
         "python_source:" + ",".join(map(str, given)),
-        lambda: _read_python(files, said),
+        lambda: _read_python(files, messages),
         files=[path for _, path in files],
         reading=f"python_source of {[*map(str, folders)]}",
-        said=said,
+        messages=messages,
     )
 
 
@@ -245,7 +254,9 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
-def _read_python(files: Iterable[tuple[Path, Path]], said: dict[str, int]) -> Iterator[Document]:
+def _read_python(
+    files: Iterable[tuple[Path, Path]], messages: dict[str, int]
+) -> Iterator[Document]:
     undecodable = []
     for root, path in files:
         try:
@@ -261,9 +272,8 @@ def _read_python(files: Iterable[tuple[Path, Path]], said: dict[str, int]) -> It
             ) from error
         yield Document(path.relative_to(root).as_posix(), text)
     if undecodable:
-        message = (
+        log_once(
+            messages,
             f"{len(undecodable)} Python files cannot be decoded and are left out of the corpus; "
-            f"the first is {undecodable[0]}"
+            f"the first is {undecodable[0]}",
         )
-        said[message] = logging.WARNING
-        warnings.warn(message, stacklevel=2)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ _ROWS_AT_ONCE = 1024
 
 
 class Row(NamedTuple):
-    """A row's name and its text, None if it has none."""
+    """A row's name and its text, which is None if the row has none."""
 
     name: str
     text: str | None
@@ -75,7 +76,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         with path.open("rb") as file:
             yield file
     else:
-        with pa.CompressedInputStream(pa.OSFile(str(path)), codec) as stream:
+        with pa.CompressedInputStream(pa.OSFile(os.fsencode(path)), codec) as stream:
             yield io.BufferedReader(stream)
 
 
@@ -124,7 +125,7 @@ def _is_json(line: bytes) -> bool:
 def _read_parquet(path: Path, name: str, text_column: str) -> Iterator[Row]:
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
+        with pa.OSFile(os.fsencode(path)) as raw, pq.ParquetFile(raw) as file:
             _require_strings(file.schema_arrow, text_column, path)
             for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[text_column]):
                 for text in _column(batch, text_column).to_pylist():

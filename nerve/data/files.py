@@ -10,13 +10,11 @@ from pathlib import Path
 from types import NoneType
 
 from nerve.config import pasted, require, require_type
-from nerve.data.corpus import Corpus, Document
+from nerve.data.corpus import Corpus, Document, log_once
 from nerve.data.file_formats import CODECS, READERS, is_known, read_rows
 from nerve.data.tokenizer import SEPARATORS
 from nerve.errors import DataError
 from nerve.files import absolute
-
-log = logging.getLogger(__name__)
 
 _PART_CHARACTERS = 1 << 14  # some 5,000 tokens, so the separators between parts hardly matter
 
@@ -63,7 +61,7 @@ def text_files(
         reader.documents,
         files=files,
         reading=f"text_files {[text_column, separator]}",
-        said=reader.said,
+        messages=reader.messages,
     )
 
 
@@ -75,7 +73,7 @@ class _Reader:
         self._base = os.path.commonpath([file.parent for file in files])
         self._text_column = text_column
         self._separator = separator
-        self.said: dict[str, int] = {}
+        self.messages: dict[str, int] = {}
 
     def documents(self) -> Iterator[Document]:
         for file in self._files:
@@ -95,21 +93,18 @@ class _Reader:
             else:
                 yield Document(name, text)
         if n_missing:
-            self._say(f"{n_missing} rows without text are left out of {file}", logging.INFO)
+            message = f"{n_missing} rows without text are left out of {file}"
+            log_once(self.messages, message, logging.INFO)
 
     def _looking_for_markers(self, documents: Iterator[Document], file: Path) -> Iterator[Document]:
         for document in documents:
             for marker in _markers_in(document.text):
-                self._say(
+                log_once(
+                    self.messages,
                     f"{file} has {marker!r} at ends of lines, which is read as text; if it "
-                    f"separates documents, set {pasted('data.corpus.separator', marker)}"
+                    f"separates documents, set {pasted('data.corpus.separator', marker)}",
                 )
             yield document
-
-    def _say(self, message: str, level: int = logging.WARNING) -> None:
-        if message not in self.said:
-            self.said[message] = level
-            log.log(level, "%s", message)
 
 
 def _matches(path: Path) -> list[str]:

@@ -67,7 +67,7 @@ def _outline(font: str, letter: str) -> np.ndarray:
     file = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", f"{font}.ttf")
     n_units = FT2Font(file).units_per_EM
     drawing = TextToPath()
-    drawing.FONT_SCALE = n_units  # the font's own grid; on others, FreeType versions round unlike
+    drawing.FONT_SCALE = n_units  # the font's own grid; on others, FreeType versions differ
     points, codes = drawing.get_text_path(FontProperties(fname=file), letter)
     contours = _contours(Path(points, codes))
     edges = np.array([edge for contour in contours for edge in _edges(contour)])

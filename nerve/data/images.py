@@ -50,7 +50,7 @@ class ImageDataModule(BatchDataModule):
 
     Args:
         images: the image set.
-        batch_size: images per batch, over all processes.
+        batch_size: images per micro-batch, over all processes.
         n_train_batches: length of the training loader.
         seed: only determines the order of training and the mirroring.
         n_heldout: number of test images in the held-out set; None for all.

@@ -1,4 +1,5 @@
-"""Logs the progress of a long pass over a corpus."""
+"""Logs the progress of a long pass over a corpus, from a thread: `nerve.progress` shows that of
+work that reports it step by step."""
 
 import logging
 import threading

@@ -38,7 +38,7 @@ class TextDataModule(BatchDataModule):
     Args:
         corpus: the documents.
         seq_len: tokens per sequence.
-        batch_size: sequences per batch, over all processes.
+        batch_size: sequences per micro-batch, over all processes.
         n_train_batches: length of the training loader.
         n_heldout_tokens: held-out target tokens, rounded up to whole sequences.
         seed: only determines the order of training.

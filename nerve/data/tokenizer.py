@@ -129,7 +129,7 @@ def load_tokenizer(path: Path, separator: str | None = None) -> Tokenizer:
             separator or the requested one.
     """
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_buffer(path.read_bytes())
     except Exception as error:  # the library raises bare `Exception`
         raise DataError(
             f"A tokenizer.json must be readable by the package tokenizers; {path} is not: "

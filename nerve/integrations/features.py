@@ -1,9 +1,9 @@
 """Reads the features of forward passes that an external training loop runs."""
 
-import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import cache
 from typing import Any
 
@@ -13,9 +13,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from nerve.errors import MeasurementError
+from nerve.integrations.wrapping import is_compiled
+from nerve.measuring.arguments import batch_of
 from nerve.measuring.choice import Choice
 from nerve.measuring.ffns import sites_of
-from nerve.measuring.streams import streams_of
+from nerve.measuring.hidden_padding import hidden_padding_refused
 from nerve.measuring.tap import Hook, is_looking
 from nerve.recording.recorder import Recorder
 
@@ -50,6 +52,7 @@ class PassFeatures:
         """Number of passes measured since then."""
         self._is_taking = False
         self._weights = WeakIdKeyDictionary()
+        self._refusing = ExitStack()
         self._model = weakref.ref(model)
         self._handles = [
             model.register_forward_pre_hook(untraced(self._start), with_kwargs=True),
@@ -80,6 +83,7 @@ class PassFeatures:
 
     def close(self) -> None:
         """Removes the hooks from the model."""
+        self._refusing.close()
         for handle in self._handles:
             handle.remove()
 
@@ -94,14 +98,18 @@ class PassFeatures:
             self._require_same_weights()
             with self._recorder.clock:
                 chosen = self._choice.of(batch)  # which may run the model itself
+            self._refusing.close()
+            if not (self._choice.shows_padding or is_compiled(module)):
+                self._refusing.enter_context(hidden_padding_refused(module))
             self._is_taking = True
             self._recorder.start(chosen)
 
     def _is_own(self, module: nn.Module) -> bool:
         """Whether this is a pass of the model itself: not of a replica, which shares its hooks, and
-        not one that inspects, exports or traces the model."""
+        not one that inspects, exports or traces the model, or repeats an earlier one."""
         is_exported = torch.compiler.is_exporting() or torch.jit.is_tracing()
-        return module is self._model() and not (is_looking() or is_exported)
+        is_apart = is_looking() or is_exported or _is_recomputed()
+        return module is self._model() and not is_apart
 
     def _require_ended(self) -> None:
         """Raises `MeasurementError` if a pass has raised, since some of its features are already
@@ -125,9 +133,9 @@ class PassFeatures:
             )
 
     def _versions(self) -> Iterator[tuple[Tensor, int]]:
-        """The weights of the projections before the nonlinearities, and for each what changes with
-        its values. Other tensors in their place, as FSDP gathers for a pass, or as a functional
-        call is given, may have equal values."""
+        """The weights of the projections before the nonlinearities, each with a number that changes
+        with its values. A weight replaced by another tensor (FSDP's all-gather, `functional_call`)
+        is not treated as changed."""
         modules = (sites_of(ffn)[0].module for ffn in self._recorder.probe.ffns)
         weights = (each for module in modules for each in module.parameters())
         return ((each, each._version) for each in weights if not each.is_inference())
@@ -135,9 +143,23 @@ class PassFeatures:
     def _stop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._is_taking and self._is_own(module):
             self._is_taking = False
+            self._refusing.close()
             self._recorder.stop()
             self.n_seen += 1
             self._weights = WeakIdKeyDictionary(dict(self._versions()))
+
+
+def _is_recomputed() -> bool:
+    """Whether the pass belongs to a backward pass in which activation checkpointing repeats one
+    that has run with gradients. (The reentrant kind ran without; its repetition is the pass.)"""
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    frame, place = sys._getframe(1), torch.utils.checkpoint.__file__
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_name == "recompute_fn" and frame.f_code.co_filename == place:
+            return True
+    return False
 
 
 def untraced(look: Callable[..., None]) -> Hook:
@@ -150,43 +172,3 @@ def untraced(look: Callable[..., None]) -> Hook:
 def _untraced_hook() -> type[Hook]:
     """A hook whose call itself is left to Python: inside a traced hook the graph would break."""
     return type("UntracedHook", (Hook,), {"__call__": torch.compiler.disable(Hook.__call__)})
-
-
-def batch_of(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, by_name: bool = False
-) -> Any:
-    """The batch that a module is called with: its only argument, the tuple of its positional
-    arguments, or the mapping of all arguments by name.
-
-    Args:
-        module: the module.
-        args, kwargs: what it is called with.
-        by_name: whether several positional arguments are a mapping, too, if their names show the
-            tokens or their padding.
-    """
-    if not args:
-        return kwargs
-    if len(args) == 1 and not kwargs:
-        return args[0]
-    if not (kwargs or by_name):
-        return args
-    signature = _signature_of(module)
-    try:
-        bound = signature.bind_partial(*args, **kwargs)
-    except TypeError:  # a wrapper that passes on something else
-        signature = inspect.signature(module.forward)
-        bound = signature.bind_partial(*args, **kwargs)
-    batch: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        is_rest = signature.parameters[name].kind == inspect.Parameter.VAR_KEYWORD
-        batch |= value if is_rest else {name: value}
-    return batch if kwargs or streams_of(batch, is_encoder_decoder=False) else args
-
-
-def _signature_of(module: nn.Module) -> inspect.Signature:
-    """That of a module's forward, or of the module in it if it only passes on what it is given, as
-    a compiled or distributed one does."""
-    signature, inside = inspect.signature(module.forward), list(module.children())
-    kinds = {each.kind for each in signature.parameters.values()}
-    passes_on = kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
-    return _signature_of(inside[0]) if passes_on and len(inside) == 1 else signature

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nerve.config import require
-from nerve.measuring.choice import Choice, call_probed
+from nerve.measuring.choice import Choice, call_measured
 from nerve.measuring.forward import evaluating
 from nerve.recording.cadence import loss_of
 from nerve.recording.recorder import Recorder
@@ -44,7 +44,7 @@ def evaluate(
     with evaluating(model):
         for batch in batches:
             recorder.start(choice.of(batch))
-            output = call_probed(recorder.probe, forward, model, batch)
+            output = call_measured(recorder.probe, choice, forward, model, batch)
             recorder.stop()
             loss = loss_of(output)
             if loss is not None:

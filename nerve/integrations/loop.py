@@ -2,7 +2,6 @@
 
 import logging
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,17 +16,14 @@ from nerve.integrations.heldout import Forward, evaluate
 from nerve.integrations.wrapping import device_of, unwrapped
 from nerve.measuring.around import Stream, find_streams
 from nerve.measuring.choice import Choice, call_probed
-from nerve.measuring.distributed import n_processes, rank
 from nerve.measuring.ffns import FFN
-from nerve.measuring.forward import evaluating
+from nerve.measuring.forward import call_as_taken, evaluating
+from nerve.measuring.processes import n_processes, rank
 from nerve.recording.recorder import Recorder
 from nerve.recording.run import RecordedRun
 from nerve.recording.settings import MeasuredSteps, MonitorSettings
 
 log = logging.getLogger(__name__)
-
-HEARTBEAT_S = 10.0
-"""Minimum time between writes of run.json during training."""
 
 
 class WatchedLoop:
@@ -52,10 +48,9 @@ class WatchedLoop:
         self._steps = steps
         self._is_train = settings.source == "train"
         self._optimizer = optimizer
-        self._record = recorded and recorded.record
+        self._recorded = recorded
         self._evaluate: Callable[[], None] | None = None
         self._measured_at: int | None = None
-        self._heartbeat = time.monotonic()
         self._has_ended = False
 
     @property
@@ -113,11 +108,8 @@ class WatchedLoop:
         recorder.end_step()
         if self.n_steps in self._steps:
             self.measure()
-        if self._record is not None:
-            self._record.step = self.n_steps
-            if time.monotonic() - self._heartbeat >= HEARTBEAT_S:
-                self._heartbeat = time.monotonic()
-                self._record.update()  # every update is a heartbeat
+        if self._recorded is not None:
+            self._recorded.heartbeat.note_step(self.n_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint of the current step, to be passed as `resume=`.
@@ -164,9 +156,11 @@ class WatchedLoop:
             else partial(_streams, inner, ffns, batches[0], forward),
         )
 
+        runs = forward if batches is not None else call_as_taken
+
         def run(batch: Any) -> object:
             with evaluating(inner, recorder.probe):
-                return call_probed(recorder.probe, forward, inner, batch)
+                return call_probed(recorder.probe, runs, inner, batch)
 
         choice = choose(inner, recorder.probe, run)
         if batches is None:
@@ -181,9 +175,9 @@ class WatchedLoop:
         else:
             self.n_steps = first
         self.recorder.drop_after(self.n_steps if state is not None else first - 1)
-        if self._record is not None:
-            # A run that goes on has values of the end that it abandons.
-            self._record.update(step=self.n_steps, final={})
+        if self._recorded is not None:
+            # A resumed run still has the final values of the end that it abandons.
+            self._recorded.record.update(step=self.n_steps, final={})
         if state is None and self.n_steps in self._steps:
             self.measure()
 
@@ -239,8 +233,8 @@ class WatchedLoop:
                     else "step was not called, as it must be after each step of the optimizer"
                 )
             )
-        if self._record is not None:
-            self._record.final = {
+        if self._recorded is not None:
+            self._recorded.record.final = {
                 "val_loss": self.val_loss,
                 "measuring_seconds": self.recorder.seconds,
             }

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nerve.integrations.callers import is_of_training
 from nerve.integrations.features import untraced
-from nerve.measuring.distributed import n_processes
+from nerve.measuring.processes import n_processes
 from nerve.recording.cadence import loss_of
 from nerve.recording.recorder import Recorder
 

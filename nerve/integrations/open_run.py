@@ -15,8 +15,8 @@ _open: WeakValueDictionary[Path, "OpenRun"] = WeakValueDictionary()
 """The open runs of this process, by directory."""
 
 
-def nothing() -> None:
-    """Restores nothing."""
+def restore_nothing() -> None:
+    """For a run that changed no settings of the caller."""
 
 
 class OpenRun:
@@ -26,7 +26,7 @@ class OpenRun:
     def __init__(self) -> None:
         self.loop: WatchedLoop | None = None
         self.losses: StepLosses | None = None
-        self.restore: Callable[[], None] = nothing
+        self.restore: Callable[[], None] = restore_nothing
         """Restores the settings of the caller that were changed for the run; called at its end, and
         may be called before."""
         self._context: AbstractContextManager[WatchedLoop] | None = None

@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from nerve.config import from_mapping
 from nerve.errors import MeasurementError, noted
 from nerve.integrations.callers import (
     adapters_of,
@@ -25,10 +24,12 @@ from nerve.integrations.losses import StepLosses
 from nerve.integrations.open_run import OpenRun
 from nerve.integrations.trainer_states import TrainerStates
 from nerve.integrations.watch import watched
-from nerve.measuring.distributed import gathered, n_processes
 from nerve.measuring.ffns import FFN
-from nerve.measuring.given import check_given, require_mapping
+from nerve.measuring.given import check_given, explicit
 from nerve.measuring.masks import Masks
+from nerve.measuring.messages import gathered
+from nerve.measuring.processes import n_processes
+from nerve.recording.given import check_token_counts, watched_config
 from nerve.recording.settings import MonitorSettings
 from nerve.recording.writer import is_measured, monitored_values
 from nerve.storage.directory import RunDirectory
@@ -68,50 +69,83 @@ class SpectralCallback(TrainerCallback):
 
     Args:
         directory: the run directory.
-        every_n_steps: updates between measurements; None if `steps` gives all of them.
-        source: `train` or `heldout`.
-        config, mask, exclude, only_labeled, ffns, token_counts: as in `nerve.watch`; groups by
-            frequency require `token_counts`.
-        settings: `steps`, `spectra`, `layers`, `shortcut`, `skip_first`, `groups`, `groups_every`,
-            `sites`, as in `nerve.watch`; a residual stream that the model does not declare is not
-            looked for.
+        every_n_steps, steps: as in `nerve.watch`; the Trainer says which step is the last.
+        source: `train` or `heldout`; the default needs no evaluation, which takes time and requires
+            an eval_dataset.
+        token_counts: as in `nerve.watch`; groups by frequency require it.
+        others: as in `nerve.watch`; a residual stream that the model does not declare is not looked
+            for.
 
     Raises:
-        ConfigError: for a setting that is out of range.
+        ConfigError: for a setting that is out of range, or an argument of the wrong kind.
+        StoreError: if the directory holds something that is not the record of a run.
 
     When training begins, it raises the errors of `nerve.watch`.
     """
 
+    @explicit(
+        heldout='Give source="heldout", and the Trainer an eval_dataset.',
+        select="Give ffns=nerve.find_ffns(model, batch, select=…).",
+        labels="Give config=, which distinguishes your runs.",
+        **dict.fromkeys(("optimizer", "forward", "resume", "last_step"), "The Trainer has it."),
+    )
     def __init__(
         self,
         directory: str | os.PathLike[str],
         *,
-        every_n_steps: int | None = 100,
+        every_n_steps: int | None = MonitorSettings.every_n_steps,
+        steps: Sequence[int] | str | None = None,
         source: str = "train",
         config: Mapping[str, Any] | None = None,
+        fingerprints: Mapping[str, str] | None = None,
         mask: Callable[[Any], Masks] | None = None,
         exclude: Collection[int] = (),
         only_labeled: bool = False,
         ffns: Sequence[FFN] | None = None,
+        layers: Sequence[int] | None = None,
+        spectra: bool | str = MonitorSettings.spectra,
+        shortcut: bool | str = MonitorSettings.shortcut,
+        skip_first: int = MonitorSettings.skip_first,
+        groups: Sequence[str] = (),
+        groups_every: int = MonitorSettings.groups_every,
+        sites: Sequence[str] = (),
         token_counts: Tensor | None = None,
-        **settings: Any,
     ) -> None:
-        self._settings = {**settings, "every_n_steps": every_n_steps, "source": source}
-        layers = from_mapping(MonitorSettings, self._settings, "monitor").layers
+        self._settings = MonitorSettings.of(
+            every_n_steps=every_n_steps,
+            steps=steps,
+            source=source,
+            spectra=spectra,
+            layers=layers,
+            shortcut=shortcut,
+            skip_first=skip_first,
+            groups=groups,
+            groups_every=groups_every,
+            sites=sites,
+        )
         check_given(ffns=ffns, mask=mask, exclude=exclude, layers=layers)
-        require_mapping("config", config)
+        check_token_counts(groups, token_counts, are_counted=False)
+        self._config = watched_config(
+            directory,
+            config,
+            self._settings,
+            fingerprints=fingerprints,
+            mask=mask,
+            exclude=exclude,
+            only_labeled=only_labeled,
+            ffns=ffns,
+            token_counts=token_counts,
+        )
         self._run = RunDirectory(directory)
         self._how: dict[str, Any] = {
-            "config": config,
             "mask": mask,
-            "exclude": exclude,
-            "only_labeled": only_labeled,
             "ffns": ffns,
             "token_counts": token_counts,
+            "fingerprints": fingerprints,
         }
         self._opened = OpenRun()
         self._states = TrainerStates(self._run)
-        # The Trainer tells no callback of an exception.
+        # The Trainer does not notify callbacks of exceptions.
         weakref.finalize(self, OpenRun.give_up, self._opened)
 
     @property
@@ -139,6 +173,7 @@ class SpectralCallback(TrainerCallback):
                 model,
                 self._run.path,
                 self._settings,
+                self._config,
                 **self._how,
                 optimizer=optimizer,
                 batches=None,
@@ -146,10 +181,11 @@ class SpectralCallback(TrainerCallback):
                 resume=saved,
                 first=step,
                 last_step=state.max_steps,
+                how_to_resume="resume_from_checkpoint",
             ),
         )
         if loop.features is not None:
-            is_of_loop = is_of_training if self._settings["source"] == "train" else is_of_evaluation
+            is_of_loop = is_of_training if self._settings.source == "train" else is_of_evaluation
             trained, adapters = weakref.ref(model), adapters_of(model)
 
             def is_of_model() -> bool:
@@ -190,7 +226,7 @@ class SpectralCallback(TrainerCallback):
         if self._opened.loop is None:  # not in training
             return
         if not ends_evaluation_of_trainer():
-            # The handler of callbacks takes it for the one that was asked for.
+            # The callback handler regards it as the requested one.
             control.should_evaluate |= self._opened.loop.awaits_evaluation
             return
         metrics = {} if metrics is None else metrics
@@ -201,7 +237,7 @@ class SpectralCallback(TrainerCallback):
                 require_once(loop.features.n_sequences, eval_dataloader)
                 loop.end_evaluation(_loss_of(metrics))
                 if is_measured((args.metric_for_best_model or "").removeprefix("eval_")):
-                    loop.recorder.wait()  # what decides must be of this step
+                    loop.recorder.wait()  # the deciding value must be of this step
                 values = gathered(monitored_values(loop.latest))[0]
                 metrics |= {f"eval_{name}": value for name, value in values.items()}
             elif loop.recorder.due_step == state.global_step:

@@ -7,7 +7,8 @@ from typing import Any
 
 from nerve.errors import StoreError
 from nerve.files import write_atomically
-from nerve.measuring.distributed import gathered, rank
+from nerve.measuring.messages import gathered
+from nerve.measuring.processes import rank
 from nerve.storage.directory import CHECKPOINTS, RunDirectory
 
 log = logging.getLogger(__name__)

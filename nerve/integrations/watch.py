@@ -4,36 +4,49 @@ import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nerve.config import from_mapping, require
+from nerve.config import require, require_count
 from nerve.integrations.heldout import Forward, batches_of
 from nerve.integrations.loop import WatchedLoop
-from nerve.integrations.wrapping import device_name_of, unwrapped
+from nerve.integrations.wrapping import device_of, unwrapped
 from nerve.measuring.choice import Choice
 from nerve.measuring.ffns import FFN
 from nerve.measuring.find import find_ffns
 from nerve.measuring.forward import call
-from nerve.measuring.given import check_given, require_mapping, require_model, told
+from nerve.measuring.given import (
+    check_given,
+    explicit,
+    require_mapping,
+    require_model,
+    told,
+)
 from nerve.measuring.masks import Masks
 from nerve.measuring.streams import count_tokens
-from nerve.recording.run import recorded_run, seed_of
+from nerve.recording.given import check_token_counts, watched_config
+from nerve.recording.run import device_name, recorded_run, seed_of
 from nerve.recording.settings import MonitorSettings
 
 log = logging.getLogger(__name__)
 
 
+@explicit(
+    source="Give heldout= the batches to measure; without it, the training batches are measured.",
+    select="Give ffns=nerve.find_ffns(model, batch, select=…).",
+    labels="Give config=, which distinguishes your runs.",
+)
 def watch(
     model: nn.Module,
     directory: str | os.PathLike[str],
     *,
-    every_n_steps: int | None = 100,
+    every_n_steps: int | None = MonitorSettings.every_n_steps,
+    steps: Sequence[int] | str | None = None,
     config: Mapping[str, Any] | None = None,
+    fingerprints: Mapping[str, str] | None = None,
     optimizer: Optimizer | None = None,
     heldout: Iterable[Any] | None = None,
     forward: Forward | None = None,
@@ -41,15 +54,22 @@ def watch(
     exclude: Collection[int] = (),
     only_labeled: bool = False,
     ffns: Sequence[FFN] | None = None,
+    layers: Sequence[int] | None = None,
+    spectra: bool | str = MonitorSettings.spectra,
+    shortcut: bool | str = MonitorSettings.shortcut,
+    skip_first: int = MonitorSettings.skip_first,
+    groups: Sequence[str] = (),
+    groups_every: int = MonitorSettings.groups_every,
+    sites: Sequence[str] = (),
+    token_counts: Tensor | None = None,
     resume: Mapping[str, Any] | None = None,
     last_step: int | None = None,
-    token_counts: Tensor | None = None,
-    **settings: Any,
 ) -> AbstractContextManager[WatchedLoop]:
     """Measures a model's FFNs at steps 0, k, 2k, … of a training loop, and records the run.
 
     ```
-    with nerve.watch(model, "outputs/mine", every_n_steps=100, config={"lr": lr}) as run:
+    config = {"optimizer": {"lr": lr}}
+    with nerve.watch(model, "outputs/mine", config=config, heldout=val_batches) as run:
         for inputs, targets in batches:
             ...
             optimizer.step()
@@ -70,12 +90,22 @@ def watch(
             compiled or distributed.
         directory: the run directory.
         every_n_steps: steps between measurements; None if `steps` gives all of them.
-        config: anything that distinguishes your runs, by name; the measurement settings are added
-            as `monitor`. Its `seed`, if it is an integer, is the seed of the run. Each value has a
-            name of its own: `{"a.b": 1, "a": {"b": 2}}` is refused.
+        steps: further single steps to measure, in any order; or `log:n`: n geometrically spaced
+            steps from 1 to `last_step`, and step 0.
+        config: anything that distinguishes your runs, by name: two runs with an equal configuration
+            are repeats of one run, unless their seeds differ. The measurement settings are added as
+            `monitor`, with the layers and names of `ffns`, but not what `mask` and `forward` do.
+            Its `seed`, if it is an integer, is the seed of the run. A name of a column of
+            `nerve.load_metrics`, such as `lr`, is for a value inside a group. Each value has a name
+            of its own: `{"a.b": 1, "a": {"b": 2}}` is refused.
+        fingerprints: hashes, or other texts, that identify the `corpus` and the `tokenizer` of the
+            training text, and the `heldout` data, under these names; stored in the record, as
+            nerve-run does, and as `text` in the configuration. Comparisons never pool runs that
+            differ in corpus or tokenizer.
         optimizer: provides the learning rate of the rows; null without it, or if its groups differ.
         heldout: batches to measure instead of the training batches; with several processes, each
-            gives its own part.
+            gives its own part. Without them there is no validation loss, and comparisons of runs
+            leave the run out (flag `no loss` of `nerve.flag_runs`).
         forward: runs the model on a held-out batch; by default `model(batch)`, or `model(**batch)`
             for a mapping. If the result has a `loss`, it is the validation loss, weighted by
             `n_targets` if the result has that, too.
@@ -85,38 +115,66 @@ def watch(
             that the model gives them.
         exclude, only_labeled: as in `nerve.measure`.
         ffns: descriptions of the FFNs; None for those that `nerve.find_ffns` finds.
+        layers: the layers in which to find FFNs; None for all.
+        spectra: whether to store the eigenvalues, too; `auto` for d_ff up to 1024, since those of
+            many steps take much space.
+        shortcut, skip_first, groups, sites: as in `nerve.measure`. If a model does not declare its
+            residual stream, it is looked for with the first held-out batch.
+        groups_every: groups and sites are part of every n-th measurement, starting with the first.
+        token_counts: number of occurrences of each token id in the training text, for groups by
+            frequency; None counts the tokens of the held-out batches.
         resume: the result of `state_dict`; rows after its step are dropped. Without it, training
             and the run begin at step 0.
         last_step: the last step of training, required by `steps="log:30"`.
-        token_counts: number of occurrences of each token id in the training text, for groups by
-            frequency; None counts the tokens of the held-out batches.
-        settings: `steps`, `spectra`, `layers`, `shortcut`, `skip_first`, `groups`, `groups_every`,
-            `sites`, as in the `monitor` group of nerve-run. If a model does not declare its
-            residual stream, it is looked for with the first held-out batch.
 
     Raises:
         ConfigError: for a setting that is out of range, or an argument of the wrong kind.
         MeasurementError: for a model without FFNs, or features, masks or descriptions that are
             inconsistent.
-        StoreError: if the directory holds a run with another configuration, or one that is done.
+        StoreError: if the directory holds a run with another configuration, or one that is done or
+            has measured something and is not continued.
     """
-    source = "train" if heldout is None else "heldout"
+    settings = MonitorSettings.of(
+        every_n_steps=every_n_steps,
+        steps=steps,
+        source="train" if heldout is None else "heldout",
+        spectra=spectra,
+        layers=layers,
+        shortcut=shortcut,
+        skip_first=skip_first,
+        groups=groups,
+        groups_every=groups_every,
+        sites=sites,
+    )
+    check_given(ffns=ffns, mask=mask, forward=forward, exclude=exclude, layers=layers)
+    check_token_counts(groups, token_counts, are_counted=heldout is not None)
+    recorded = watched_config(
+        directory,
+        config,
+        settings,
+        fingerprints=fingerprints,
+        mask=mask,
+        exclude=exclude,
+        only_labeled=only_labeled,
+        ffns=ffns,
+        token_counts=token_counts,
+    )
     return _Watch(
         watched(
             model,
             directory,
-            {**settings, "every_n_steps": every_n_steps, "source": source},
-            config=config,
+            settings,
+            recorded,
             optimizer=optimizer,
             batches=None if heldout is None else batches_of(heldout),
             forward=forward,
             mask=mask,
-            exclude=exclude,
-            only_labeled=only_labeled,
             ffns=ffns,
             resume=resume,
             last_step=last_step,
+            fingerprints=fingerprints,
             token_counts=token_counts,
+            how_to_resume="resume= and the state of a checkpoint",
         )
     )
 
@@ -153,59 +211,65 @@ class _Watch(AbstractContextManager[WatchedLoop]):
 def watched(
     model: nn.Module,
     directory: str | os.PathLike[str],
-    settings: Mapping[str, Any],
+    settings: MonitorSettings,
+    config: Mapping[str, Any],
     *,
-    config: Mapping[str, Any] | None,
     optimizer: Optimizer | None,
     batches: Sequence[Any] | None,
     forward: Forward | None,
     mask: Callable[[Any], Masks] | None,
-    exclude: Collection[int],
-    only_labeled: bool,
     ffns: Sequence[FFN] | None,
     resume: Mapping[str, Any] | None,
     last_step: int | None,
+    how_to_resume: str,
+    fingerprints: Mapping[str, str] | None,
     first: int = 0,
     token_counts: Tensor | None = None,
 ) -> Iterator[WatchedLoop]:
     """Implements `watch` for any kind of loop.
 
     Args:
-        settings: those of `MonitorSettings`, by name.
+        settings: those of the monitor.
+        config: of the run, as of `watched_config`.
         batches: held-out batches; None to measure passes that the loop runs, in train or eval mode
             depending on the source.
+        how_to_resume: how the caller's user continues a run, as in `recorded_run`.
         first: the first step of a loop without `resume`.
         others: as in `watch`.
     """
     require_model(model)
-    chosen = from_mapping(MonitorSettings, settings, "monitor")
-    check_given(ffns=ffns, mask=mask, forward=forward, exclude=exclude, layers=chosen.layers)
-    _check_loop(config, optimizer, resume)
-    steps = chosen.measured_steps(last_step)
+    _check_loop(optimizer, resume, last_step)
+    steps = settings.measured_steps(last_step)
     if resume is None and first == 0:
-        chosen.require_some(last_step)
-    config = dict(config or {})
-    counted: dict[str, Any] = {"exclude": sorted(exclude), "only_labeled": only_labeled}
-    skip_first, is_grouped = chosen.skip_first, bool(chosen.groups)
-    choose = partial(Choice, mask=mask, skip_first=skip_first, is_grouped=is_grouped, **counted)
+        settings.require_some(last_step)
+    choose = partial(
+        Choice,
+        mask=mask,
+        exclude=config["monitor"]["exclude"],
+        only_labeled=config["monitor"]["only_labeled"],
+        skip_first=settings.skip_first,
+        groups=settings.groups,
+    )
     inner = unwrapped(model)
     if ffns is None:
         example = None if batches is None else batches[0]
-        found = find_ffns(inner, example, layers=chosen.layers, forward=forward)
+        found = find_ffns(inner, example, layers=settings.layers, forward=forward)
         log.info("FFNs to measure:\n%s", str(found))  # a kept record would keep the model
         found.warn()
         ffns = found
-    if "frequency" in chosen.groups and token_counts is None and batches is not None:
+    if "frequency" in settings.groups and token_counts is None and batches is not None:
         token_counts = count_tokens(batches)
     with recorded_run(
         directory,
-        {**config, "monitor": asdict(chosen) | counted},
-        goes_on=resume is not None,
+        config,
+        resume=resume is not None,
+        how_to_resume=how_to_resume,
         seed=seed_of(config),
+        fingerprints=dict(fingerprints or {}),
         n_parameters=sum(parameter.numel() for parameter in inner.parameters()),
-        device=device_name_of(inner),
+        device=device_name(device_of(inner)),
     ) as recorded:
-        loop = WatchedLoop(model, chosen, steps, optimizer, recorded)
+        loop = WatchedLoop(model, settings, steps, optimizer, recorded)
         try:
             loop.begin(model, ffns, choose, batches, forward or call, resume, first, token_counts)
             yield loop
@@ -217,17 +281,18 @@ def watched(
             loop.close()
 
 
-def _check_loop(config: object, optimizer: object, resume: object) -> None:
+def _check_loop(optimizer: object, resume: object, last_step: object) -> None:
     """Raises `ConfigError` for arguments that `watch` does not accept."""
-    require_mapping("config", config)
     require_mapping("resume", resume)
+    names = [*resume] if isinstance(resume, Mapping) else ["n_steps"]
+    require(
+        "n_steps" in names,
+        "resume must be what state_dict of a watched loop has returned; got a mapping with "
+        f"{', '.join(names) or 'nothing'}. Leave it out to begin at step 0.",
+    )
+    require_count("last_step", last_step, or_null=True)
     require(
         optimizer is None or hasattr(optimizer, "param_groups"),
         "optimizer must be the optimizer of the loop, whose learning rate is recorded; got "
         f"{told(optimizer)}. Leave it out, or give the optimizer itself.",
-    )
-    require(
-        not isinstance(config, Mapping) or "monitor" not in config,
-        "monitor is reserved for the measurement settings, which are added to config= "
-        "automatically; got a value for it. Choose another name.",
     )

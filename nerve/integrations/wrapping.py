@@ -25,6 +25,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = compiled
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the model or one of its modules is compiled, so that its hooks must stay as they
+    are."""
+    return any(
+        hasattr(each, "_orig_mod") or each._compiled_call_impl is not None
+        for each in model.modules()
+    )
+
+
 def device_of(model: nn.Module) -> torch.device:
     parameter = next(model.parameters(), None)
     if parameter is None:
@@ -33,8 +42,3 @@ def device_of(model: nn.Module) -> torch.device:
             "that is trained."
         )
     return parameter.device
-
-
-def device_name_of(model: nn.Module) -> str:
-    device = device_of(model)
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -20,6 +20,7 @@ from nerve.measuring.projection import (
     require_affine,
 )
 from nerve.measuring.weights import affine_of, gives, is_unrounded
+from nerve.sites_and_groups import SITES
 from nerve.spectra import SampleShares, StreamingCovariance
 from nerve.spectra.host_copy import Flag
 from nerve.spectra.moments import Spread
@@ -29,9 +30,6 @@ from nerve.spectra.shares import shares_of
 Side = Literal["input", "pre", "post"]
 """The subject of a covariance: the FFN's input, or its features before and after the
 nonlinearity."""
-
-SITES: tuple[Side, ...] = ("pre", "post")
-"""The subjects that have shares and spectra."""
 
 
 class Accumulator:
@@ -69,7 +67,7 @@ class Accumulator:
         self._pre, self._post = sites_of(ffn)
         self._shortcut = shortcut
         self._leaves_rounding = False
-        self._presumed: list[Flag] = []
+        self._assumed: list[Flag] = []
 
     @property
     def device(self) -> torch.device:
@@ -139,16 +137,16 @@ class Accumulator:
         """Adds the samples of a run to the shares only, and returns the spread of each side. The
         arguments are those of `add`."""
         return {
-            side: self.shares_of(side, x.shape[-1], x.device).update(x, mask, unpadded)
+            side: self.sample_shares(side, x.shape[-1], x.device).update(x, mask, unpadded)
             for side, x in ((side, features[side]) for side in SITES)
         }
 
     def finish_forward(self) -> None:
         """Ends one forward pass: drops the weight if pre turned out not to be computed from it
         alone."""
-        if not all(self._presumed):
+        if not all(self._assumed):
             self.leave_weight()
-        self._presumed.clear()
+        self._assumed.clear()
 
     def merge(self, other: "Accumulator") -> None:
         """Adds the covariances of another FFN's samples; shares are merged with `add_shares`.
@@ -200,7 +198,7 @@ class Accumulator:
             self.covariances[side] = StreamingCovariance(dim, device=device, product=product)
         return self.covariances[side]
 
-    def shares_of(self, side: Side, dim: int, device: torch.device) -> SampleShares:
+    def sample_shares(self, side: Side, dim: int, device: torch.device) -> SampleShares:
         """The shares of one side, created without samples."""
         if side not in self.shares:
             self.shares[side] = SampleShares(dim, device=device)
@@ -267,7 +265,7 @@ class Accumulator:
         bias = None if affine[1] is None else affine[1].to(pre.dtype, copy=True)
         self.weight, self._bias = weight, bias
         self.of_input = leaves_rounding or (bool(self._shortcut) and is_unrounded(inputs, pre))
-        self._presume(gives(weight, bias, inputs, pre))
+        self._assume(gives(weight, bias, inputs, pre))
 
     def _compare_weight(self, noted: Tensor, inputs: Tensor, pre: Tensor) -> None:
         """Drops the weight of the first run if this run used another one, or more than a weight."""
@@ -275,16 +273,16 @@ class Accumulator:
         if affine is None:
             self.leave_weight()
             return
-        self._presume(Flag((affine[0].to(noted.dtype) == noted).all()))
-        self._presume(gives(noted, self._bias, inputs, pre))
+        self._assume(Flag((affine[0].to(noted.dtype) == noted).all()))
+        self._assume(gives(noted, self._bias, inputs, pre))
 
-    def _presume(self, is_so: Flag) -> None:
-        """Proceeds as if pre was computed from the weight. If the features do not depend on the
-        answer, or pre must be computed from it, the answer is awaited only at the end of the
-        forward pass, so that the device does not run dry."""
+    def _assume(self, holds: Flag) -> None:
+        """Assumes that pre was computed from the weight. Unless the choice between pre and the
+        input depends on it, the check is read only after the forward pass, to avoid a GPU
+        synchronization."""
         if not self.of_input or self._leaves_rounding:
-            self._presumed.append(is_so)
-        elif not is_so:
+            self._assumed.append(holds)
+        elif not holds:
             self.leave_weight()
 
     def _add_nothing(self, n_forwards: int) -> None:

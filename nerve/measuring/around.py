@@ -41,7 +41,7 @@ def sites_around(
 
     Args:
         ffns: the FFNs.
-        wanted: the requested ones of `nerve.metric_names.AROUND`.
+        wanted: the requested ones of `nerve.sites_and_groups.AROUND`.
         find: finds the streams that descriptions do not declare; None if that is impossible.
     """
     streams = [stream_of(ffn) for ffn in ffns]

@@ -1,6 +1,7 @@
 """Which samples of a batch count: as the caller says, or as the batch itself shows."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from nerve.errors import MeasurementError
 from nerve.measuring.ffns import named
+from nerve.measuring.hidden_padding import hidden_padding_refused
 from nerve.measuring.masks import Chosen, Masks, Order, UnknownOrder, for_each, without_first
 from nerve.measuring.probe import Probe
 from nerve.measuring.streams import (
@@ -16,10 +18,11 @@ from nerve.measuring.streams import (
     counting,
     ids_of,
     is_encoder_decoder,
+    require_unpacked,
     streams_of,
     unpadded_of,
 )
-from nerve.measuring.trace import Trace, Traced, TraceError, trace
+from nerve.measuring.trace import Trace, Traced, TraceError, require_sequences, trace
 
 _CACHES = ("past_key_values", "cache", "cache_params")
 
@@ -34,7 +37,7 @@ class Choice:
         mask, exclude, only_labeled: as in `nerve.measure`.
         skip_first: number of positions to skip at the beginning of each sequence, which requires a
             known order; those after left padding are skipped here.
-        is_grouped: whether samples are grouped, which requires a known order, too.
+        groups: how samples are grouped, which requires a known order, too.
 
     Raises:
         MeasurementError: for `mask` together with options that it replaces.
@@ -49,7 +52,7 @@ class Choice:
         exclude: Sequence[int],
         only_labeled: bool,
         skip_first: int,
-        is_grouped: bool = False,
+        groups: Collection[str] = (),
     ) -> None:
         if mask is not None and (exclude or only_labeled):
             raise MeasurementError(
@@ -59,8 +62,12 @@ class Choice:
         self._is_encoder_decoder = is_encoder_decoder(model)
         self._probe, self._run, self._mask = probe, run, mask
         self._exclude, self._only_labeled = exclude, only_labeled
-        self._skip_first, self._needs_order = skip_first, skip_first > 0 or is_grouped
+        self._skip_first, self._needs_order = skip_first, skip_first > 0 or bool(groups)
+        self._counts_positions = skip_first > 0 or "position" in groups
         self._trace: Trace | None = None
+        self._has_sequences = not self._needs_order
+        self.shows_padding = False
+        """Whether the last batch, or the caller, shows which samples are padding."""
 
     @property
     def has_mask(self) -> bool:
@@ -71,7 +78,11 @@ class Choice:
         """The samples of this batch that count."""
         batch = _without_cache(batch)
         mapping = as_mapping(batch)
+        if self._counts_positions:
+            require_unpacked(mapping)
         streams = streams_of(mapping, is_encoder_decoder=self._is_encoder_decoder)
+        has_masks = any(stream.mask is not None for stream in streams.values())
+        self.shows_padding = self._mask is not None or has_masks
         if self._trace is not None and self._trace.lengths.keys() != streams.keys():
             if isinstance(batch, Tensor) and isinstance(self._trace.batch, Tensor):
                 return self._of_other_shape(batch)
@@ -96,6 +107,7 @@ class Choice:
             for name, stream in streams.items()
         }
         if not streams:
+            self._require_sequences(batch)
             return Chosen(ids=ids_of(batch))
         is_needed = self._needs_order or any(each is not None for each in counts.values())
         try:
@@ -104,6 +116,8 @@ class Choice:
             if is_needed:
                 raise
             return Chosen()  # all count, in any order
+        if is_needed:
+            self._require_tokens(ffns)
         masks = [None if each.stream is None else counts[each.stream] for each in ffns]
         orders = [_order(each, streams) if each.ran or is_needed else None for each in ffns]
         unpadded: dict[str, Tensor] = {}
@@ -128,8 +142,8 @@ class Choice:
     def _without_first(
         self, masks: Sequence[Tensor | None], unpadded: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
-        """The masks of all FFNs without the first positions behind left padding; of one that
-        several of them share, once.
+        """The masks of all FFNs without the first positions after left padding; a mask that several
+        of them share is changed once.
 
         Args:
             masks: the caller's.
@@ -155,6 +169,7 @@ class Choice:
         unpadded: list[Tensor | None] = [None] * len(ffns)
         of_all = isinstance(given, Tensor)
         if not streams:
+            self._require_sequences(batch)
             return Chosen(self._without_first(masks, unpadded), ids=ids_of(batch))
         is_bare = as_mapping(batch) is not batch
         try:
@@ -163,6 +178,8 @@ class Choice:
             if (of_all and not is_bare) or self._needs_order:
                 raise
             return Chosen(self._without_first(masks, unpadded))
+        if self._needs_order:
+            self._require_tokens(traced.ffns)
         of_trace = self._mask(traced.batch)
         if isinstance(of_trace, Tensor) != of_all and not self._needs_order:
             return Chosen(self._without_first(masks, unpadded))
@@ -193,6 +210,26 @@ class Choice:
         masks = self._without_first(masks, unpadded)
         skipped = self._without_first(unpadded, unpadded)
         return Chosen(masks, orders, ids, in_sequences, skipped)
+
+    def _require_sequences(self, batch: Any) -> None:
+        """Raises `TraceError` if positions are counted in a batch whose FFNs do not receive them
+        sequence by sequence; looks at the first batch."""
+        if not self._has_sequences:
+            require_sequences(self._probe, self._run, batch)
+            self._has_sequences = True
+
+    def _require_tokens(self, ffns: Sequence[Traced]) -> None:
+        """Raises `MeasurementError` for an FFN whose samples are neither the tokens of a stream nor
+        independent of them: no mask shows which of them are padding, or where a sequence begins."""
+        for ffn, place in zip(self._probe.ffns, ffns, strict=True):
+            if place.is_other:
+                raise MeasurementError(
+                    "The mask of a batch has one value per token, as do skip_first= and groups=; "
+                    f"{named(ffn)} receives another number of samples, which depends on that of "
+                    "the tokens: more are added to them (registers, a prompt), or they are "
+                    "downsampled. Give mask=lambda batch: …, True for the samples that count, in "
+                    "the shape of the features, without skip_first= and groups=."
+                )
 
     def _traced(self, batch: Any, streams: dict[str, Stream]) -> Trace:
         if self._trace is None:
@@ -228,6 +265,19 @@ def _order(place: Traced, streams: dict[str, Stream]) -> Order | UnknownOrder | 
     if place.stream is None:
         return None if place.ran else UnknownOrder()
     return Order(*streams[place.stream].sizes, place.batch_first)
+
+
+def call_measured(
+    probe: Probe,
+    choice: Choice,
+    forward: Callable[[nn.Module, Any], object],
+    model: nn.Module,
+    batch: Any,
+) -> object:
+    """Runs the model on a batch that is measured, whose samples `choice.of` has chosen; raises as
+    `call_probed` does, and for padding that it has not seen."""
+    with nullcontext() if choice.shows_padding else hidden_padding_refused(model):
+        return call_probed(probe, forward, model, batch)
 
 
 def call_probed(

@@ -93,7 +93,7 @@ class Clock:
 
 
 class Untimed(nullcontext[None]):
-    """In place of a `Clock` where nobody asks for the time."""
+    """A `Clock` that does nothing, for when no time is needed."""
 
     def around(self, look: Callable[..., Any]) -> Callable[..., Any]:
         """The function itself."""

@@ -26,7 +26,7 @@ def add_up(tensor: Tensor) -> None:
 
 def shared_from(owner: int, tensor: Tensor) -> None:
     """Copies `owner`'s `tensor` into that of every process; all of them must call it."""
-    # torch sends the memory as it lies, and each process may have other strides.
+    # torch sends memory in its layout, and the strides may differ between processes.
     sent = tensor.contiguous()
     dist.broadcast(sent, src=owner)
     tensor.copy_(sent)

@@ -36,8 +36,8 @@ class Dependence:
         hidden: projections to fewer features without derivatives, because of activation
             checkpointing or disabled autograd.
         not_finite: projections that returned NaN in every sample.
-        linear: for projections whose input is a linear or constant function of the outputs of
-            others of its width, these.
+        linear: for each projection whose input is a linear or constant function of the outputs of
+            others of its width, those others.
         ran: projections whose output was seen.
     """
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nerve.metric_names import POOLED, STORED
+from nerve.metric_names import STORED
+from nerve.sites_and_groups import POOLED
 from nerve.spectra import Shares, eigenvalues, projected_eigenvalues, variance_outside
 from nerve.spectra.metrics import OF_A_GROUP, OF_ONE_SPECTRUM, OF_TWO_SPECTRA
 
@@ -22,6 +23,16 @@ WHY_NULL: Mapping[str, Callable[[Tensor], bool]] = {
     "zero_variance": lambda spectrum: not bool(spectrum.sum() > 0),
 }
 """Reasons why a spectrum cannot be measured, each with a check."""
+
+
+ROW: Mapping[str, type] = {
+    "layer": int,
+    "ffn": str,
+    **dict.fromkeys(("n_samples", "d_ff", "d_in"), int),
+    **dict.fromkeys(STORED, float),
+    **dict.fromkeys(("precision", "status"), str),
+}
+"""The columns of the row of an FFN, in order, with their types."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +189,7 @@ class GroupSpectrum:
 
     Attributes:
         layer, ffn: the FFN.
-        site: one of `nerve.metric_names.GROUP_SITES`.
+        site: one of `nerve.sites_and_groups.GROUP_SITES`.
         grouping, group: the samples; both `all` for all of them.
         n_samples: number of samples.
         eigenvalues: descending, float64 `[dim]`.

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nerve.measuring.distributed import n_processes, rank
+from nerve.measuring.processes import n_processes, rank
 from nerve.spectra import SampleShares, StreamingCovariance
 from nerve.spectra.covariance import Tally
 from nerve.spectra.moments import Moments

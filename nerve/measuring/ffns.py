@@ -178,10 +178,10 @@ def sample_of(features: Tensor, n: int = SAMPLES) -> Tensor:
 class FFN(Protocol):
     """What the measurement needs of an FFN: its position and the sites around its nonlinearity.
 
-    A module implements this protocol by having these attributes. For other models use
-    `nerve.find_ffns` or `FFNAdapter`. The optional attributes `n_runs` (if it does not run exactly
-    once per forward pass) and `stream` (its residual stream) have the same meaning as in
-    `FFNAdapter`.
+    The FFNs of nerve's own networks have these attributes themselves; those of any other model are
+    described by `FFNAdapter`, by `nerve.find_ffns` or by hand. The optional attributes `n_runs` (if
+    it does not run exactly once per forward pass) and `stream` (its residual stream) have the same
+    meaning as in `FFNAdapter`.
     """
 
     @property
@@ -203,7 +203,7 @@ class FFN(Protocol):
 
 @dataclass(frozen=True)
 class FFNAdapter:
-    """Describes one FFN of a model that does not implement the `FFN` protocol.
+    """Describes one FFN of a model: where its features are before and after the nonlinearity.
 
     For GPT-2 of Hugging Face: `FFNAdapter(i, "ffn", block.mlp.c_fc, block.mlp.c_proj)`.
 

@@ -18,7 +18,8 @@ from nerve.measuring.given import require_model
 from nerve.measuring.link import Link
 from nerve.measuring.places import Place, Tree
 from nerve.measuring.slices import stacked
-from nerve.measuring.trial import Seen, look_at, tensors_of
+from nerve.measuring.streams import tensors_of
+from nerve.measuring.trial import Seen, look_at
 
 _SHOWN = 6
 
@@ -33,15 +34,15 @@ def find_ffns(
 ) -> FoundFFNs:
     """Finds the FFNs of a model and returns them ordered by layer.
 
-    Modules that implement `nerve.measuring.ffns.FFN` are used as they are. In any other model, an
-    FFN is a pair of projections (linear layers, with the adapters around them; Conv1D of
-    transformers; 1 × 1 convolutions) where the input of the second is an elementwise nonlinear
-    function of the output of the first, or, if gated, of the product of two projections or of the
-    two halves of one. This is determined from derivatives in a forward pass of a few sequences, and
-    in a second one with random features where the first does not show it, as for a dead FFN; names
-    only break ties. What may be an FFN but is unclear is numbered with the others. Unless `select`
-    is given, only FFNs with as many outputs as inputs are returned; if there is none, as in a
-    two-layer classifier, this restriction does not apply.
+    The networks of nerve-run name their FFNs themselves. In any other model, an FFN is a pair of
+    projections (linear layers, with the adapters around them; Conv1D of transformers; 1 × 1
+    convolutions) where the input of the second is an elementwise nonlinear function of the output
+    of the first, or, if gated, of the product of two projections or of the two halves of one. This
+    is determined from derivatives in a forward pass of a few sequences, and in a second one with
+    random features where the first does not show it, as for a dead FFN; names only break ties. What
+    may be an FFN but is unclear is numbered with the others; describe it with `nerve.FFNAdapter`.
+    Unless `select` is given, only FFNs with as many outputs as inputs are returned; if there is
+    none, as in a two-layer classifier, this restriction does not apply.
 
     Args:
         model: the model.

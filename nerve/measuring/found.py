@@ -7,8 +7,8 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from nerve.measuring.distributed import rank
 from nerve.measuring.ffns import FFN, n_inputs, pool_of, sites_of
+from nerve.measuring.processes import rank
 from nerve.measuring.slices import products_of
 
 log = logging.getLogger(__name__)

@@ -1,14 +1,19 @@
 """Checks arguments given in Python, and refuses those of the wrong kind."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import wraps
+from inspect import signature
 from numbers import Integral
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from nerve.config import require, require_count
+from nerve.config import require, require_choice, require_count
 from nerve.measuring.ffns import FFN
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 Loaded = nn.Module | Callable[[], nn.Module]
 """A model, or a function that loads it."""
@@ -17,6 +22,32 @@ _FUNCTIONS = {
     "mask": "mask=lambda batch: batch[...] != padding",
     "forward": "forward=lambda model, batch: model(batch[0])",
 }
+
+
+def explicit(**instead: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Makes a function refuse keyword arguments that it does not have, with similar names.
+
+    Args:
+        instead: what to give in place of an argument that its callers may expect, as a sentence.
+
+    Raises:
+        ConfigError: by the function, for such an argument.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        name = f"nerve.{function.__qualname__.removesuffix('.__init__')}"
+        known = [each for each in signature(function).parameters if each != "self"]
+
+        @wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            for key in kwargs:
+                require(key not in instead, f"{name} has no argument {key}. {instead.get(key)}")
+                require_choice(f"an argument of {name}", key, known)
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate
 
 
 def require_model(model: object) -> None:

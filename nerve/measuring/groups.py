@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nerve.errors import MeasurementError
 from nerve.measuring.ffns import FFN, named
-from nerve.metric_names import GROUPS
+from nerve.sites_and_groups import GROUPINGS
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ OVERLAPPING = ("like_0",)
 _COUNTED = -1
 _NOT_COUNTED = -2
 
-_EQUAL = {"position": ("q1", "q2", "q3", "q4"), "frequency": GROUPS["frequency"]}
+_EQUAL = {"position": ("q1", "q2", "q3", "q4"), "frequency": GROUPINGS["frequency"]}
 """The groups that get equal numbers of samples in every forward pass. Halves differ by one sequence
 at most, and position 0 has one sample per sequence."""
 
@@ -43,7 +43,7 @@ class Grouped:
     """The groups that are measured in addition to all samples.
 
     Attributes:
-        groupings: keys of `GROUPS`, each once.
+        groupings: keys of `GROUPINGS`, each once.
         token_counts: occurrences of each token id in the training text; needed for `frequency`.
 
     Raises:
@@ -55,9 +55,9 @@ class Grouped:
 
     def __post_init__(self) -> None:
         for name in self.groupings:
-            if name not in GROUPS or self.groupings.count(name) > 1:
+            if name not in GROUPINGS or self.groupings.count(name) > 1:
                 raise MeasurementError(
-                    f"groups must be among {', '.join(GROUPS)}, each at most once; got "
+                    f"groups must be among {', '.join(GROUPINGS)}, each at most once; got "
                     f"{', '.join(map(str, self.groupings))}."
                 )
         if "frequency" in self.groupings and self.token_counts is None:
@@ -70,7 +70,7 @@ class Grouped:
     def n_matrices(self) -> int:
         """Number of covariances for each side of an FFN: those of all groups and the rest of the
         first grouping; without groups, the one of all samples."""
-        return sum(len(GROUPS[name]) for name in self.groupings) + 1
+        return sum(len(GROUPINGS[name]) for name in self.groupings) + 1
 
 
 NOT_GROUPED = Grouped()
@@ -163,7 +163,7 @@ class Divider:
             else:
                 labels = (number % 2).expand(sizes)
             left_out = (*OVERLAPPING, "0") if self._skip_first else OVERLAPPING
-            names = [name for name in GROUPS[grouping] if name not in left_out]
+            names = [name for name in GROUPINGS[grouping] if name not in left_out]
             labels = torch.where(counts, labels, _NOT_COUNTED)
             parts = {name: self._rows(labels == i) for i, name in enumerate(names)}
             parts[REST] = self._rows(labels == _COUNTED)

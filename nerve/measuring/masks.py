@@ -40,7 +40,8 @@ class Order(NamedTuple):
         if not self.fits(features):
             raise MeasurementError(
                 f"{where} received the tokens of one stream in the first batch; now its features "
-                f"have the shape {tuple(features.shape)} for {sizes[0]} sequences of {sizes[1]}."
+                f"have the shape {tuple(features.shape)} for {sizes[0]} sequences of {sizes[1]}. "
+                "If the model drops padding itself, mask=lambda batch: None counts all samples."
             )
         if self.batch_first:
             return features.reshape(*sizes, features.shape[-1])

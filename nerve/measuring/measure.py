@@ -11,10 +11,10 @@ from typing import Any
 import pandas as pd
 from torch import Tensor, nn
 
-from nerve.derived import outliers
+from nerve.derived import sampling, with_derived
 from nerve.measuring.around import find_streams, sites_around
-from nerve.measuring.choice import Choice, call_probed
-from nerve.measuring.eigenproblem import FFNSpectra, GroupSpectrum
+from nerve.measuring.choice import Choice, call_measured, call_probed
+from nerve.measuring.eigenproblem import ROW, FFNSpectra, GroupSpectrum
 from nerve.measuring.ffns import FFN, sites_of
 from nerve.measuring.find import find_ffns
 from nerve.measuring.forward import evaluating
@@ -136,13 +136,12 @@ def _run(
         return call_probed(probe, how.forward, model, batch)
 
     counted = (how.mask, how.exclude, how.only_labeled)
-    is_grouped = bool(how.grouped.groupings)
-    choice = Choice(model, probe, run, *counted, how.skip_first, is_grouped)
+    choice = Choice(model, probe, run, *counted, how.skip_first, how.grouped.groupings)
     probe.install()
     try:
         for batch in batches:
             measurement.start(choice.of(batch))
-            output = run(batch)
+            output = call_measured(probe, choice, how.forward, model, batch)
             measurement.finish_forward()
             give(batch, output)
         measurement.require_positions()
@@ -159,10 +158,10 @@ def _reporting(batches: Iterable[Any], what: str, progress: Progress) -> Iterato
 
 
 def frame_of(spectra: Iterable[FFNSpectra]) -> pd.DataFrame:
-    """One row per FFN, with the column `outliers`."""
-    rows = pd.DataFrame([each.row() for each in spectra])
-    rows = rows.astype({name: float for name in rows if rows[name].isna().all()})
-    return rows.assign(outliers=outliers(rows))
+    """One row per FFN, with the derived columns of `nerve.load_metrics`. `sampling` is the verdict
+    from N/D. Without spectra, the same columns, of the same types."""
+    rows = pd.DataFrame([each.row() for each in spectra], columns=[*ROW]).astype(dict(ROW))
+    return with_derived(rows).assign(sampling=sampling(rows))
 
 
 def _first_of(batches: Iterable[Any]) -> tuple[list[Any], Iterable[Any]]:

@@ -34,8 +34,8 @@ class Measurement:
             5e-5 of the variance; otherwise pre itself is used.
         skip_first: number of positions to skip at the beginning of each sequence.
         grouped: groups of the samples that are measured separately, too.
-        sites: the sites to measure around the FFNs, some of `nerve.metric_names.AROUND`; the probe
-            must tap them, except for `input`.
+        sites: the sites to measure around the FFNs, some of `nerve.sites_and_groups.AROUND`; the
+            probe must tap them, except for `input`.
         pools: by layer and name, the pools of an earlier measurement, which are continued; new
             ones are added.
         open_pools: layer and name of pools that a later measurement continues: they have no

@@ -10,7 +10,7 @@ from torch import Tensor
 from nerve.measuring.eigenproblem import GroupEigenproblem
 from nerve.measuring.ffns import FFN
 from nerve.measuring.groups import OVERLAPPING, REST, Division
-from nerve.metric_names import GROUP_SITES, GROUPS, POOLED
+from nerve.sites_and_groups import GROUP_SITES, GROUPINGS, POOLED
 from nerve.spectra import StreamingCovariance
 
 
@@ -125,6 +125,6 @@ class Parts:
 
 def _place(key: Key) -> tuple[int, int, int]:
     """The position in the order of the catalog."""
-    grouping = -1 if key.grouping == POOLED else list(GROUPS).index(key.grouping)
-    names = (*GROUPS.get(key.grouping, (POOLED,)), REST)
+    grouping = -1 if key.grouping == POOLED else list(GROUPINGS).index(key.grouping)
+    names = (*GROUPINGS.get(key.grouping, (POOLED,)), REST)
     return GROUP_SITES.index(key.side), grouping, names.index(key.group)

@@ -25,9 +25,9 @@ class Tree:
     """A model's modules as a tree.
 
     A block is an item of a container (ModuleList, Sequential, ModuleDict), the innermost one of
-    which several items have FFNs. Blocks are numbered in the order in which they run, through
-    stages, which are containers in a row; siblings that are none and have blocks of their own, as
-    an encoder and a decoder, are stacks: each begins at 0, and gives its name to its FFNs.
+    which several items have FFNs. Blocks are numbered in the order in which they run, also across
+    stages, which are containers in a row. Other siblings that have blocks of their own, such as an
+    encoder and a decoder, are stacks: each begins at 0, and gives its name to its FFNs.
 
     Attributes:
         paths: the path of each module.

@@ -45,9 +45,8 @@ from nerve.measuring.tap import (
 from nerve.spectra.host_copy import Flag
 
 Receive = Callable[[int, Tensor, Tensor, Tensor], None]
-"""Takes an FFN's index and its features, detached: what the FFN gets `[*samples, d_in]` (pre itself
-where pre is what a module gets), and what there is before and after its nonlinearity
-`[*samples, d_ff]`."""
+"""Takes an FFN's index and its features, detached: its input `[*samples, d_in]` (pre itself if pre
+is the input of a module), and what is before and after its nonlinearity, `[*samples, d_ff]`."""
 
 _COUNTS = (
     "If layers are shared, looped or skipped, or a module runs twice by design, describe it with "
@@ -69,7 +68,7 @@ class _Before(NamedTuple):
         inputs, pre: as `Receive` takes them.
         sample: of pre, as it was when it appeared.
         version: how often pre was modified in place by then, as `_version_of` has it.
-        recorded: pre as the model goes on with it, where autograd records what follows.
+        recorded: pre as the model continues with it, if autograd records what follows.
     """
 
     inputs: Tensor
@@ -80,8 +79,8 @@ class _Before(NamedTuple):
 
 
 def _version_of(pre: Tensor, site: Site) -> int | None:
-    """How often a tensor was modified in place; None where that is not known of pre alone. Then a
-    sample of it has to tell."""
+    """How often a tensor was modified in place; None if torch does not count it for pre alone.
+    Changes are then detected by comparing a sample of its values."""
     is_counted = not torch.compiler.is_compiling() and not pre.is_inference()
     return pre._version if is_counted and site.part == slice(None) else None
 
@@ -204,7 +203,7 @@ class Probe:
         times, pending, unchanged = Counter(self._times), {*self._before}, [*self._unchanged]
         self._following.finish_forward()
         self._forget()
-        for index in (index for index, is_so in unchanged if not is_so):
+        for index in (index for index, is_same in unchanged if not is_same):
             raise self._modified(index)
         for index, ffn in enumerate(self.ffns):
             promised = n_runs_of(ffn)

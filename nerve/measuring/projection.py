@@ -57,4 +57,4 @@ def is_rounding_small(
         for group, chosen in (division.parts | division.others).items()
         if group != REST and len(chosen) > 1
     ]
-    return all(each.is_left_by_rounding(pre.dtype) for each in spreads)
+    return all(each.rounding_is_negligible(pre.dtype) for each in spreads)

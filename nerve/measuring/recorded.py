@@ -167,7 +167,7 @@ def is_affine(x: Tensor, y: Tensor) -> bool:
         return False
     x, y = (sample_of(each, 2 * n_needed).detach().double().cpu() for each in (x, y))
     x, y = torch.cat([x, x.new_ones(len(x), 1)], 1), y[:, :: max(1, y.shape[1] // 8)]
-    # For inputs that are linearly dependent, too, as behind a LayerNorm.
+    # For inputs that are linearly dependent, too, as after a LayerNorm.
     fit = x @ torch.linalg.lstsq(x, y, driver="gelsd").solution
     return float((fit - y).norm()) <= _AFFINE * float((y - y.mean(0)).norm())
 

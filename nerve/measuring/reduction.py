@@ -5,11 +5,12 @@ from typing import NamedTuple
 
 import torch
 
-from nerve.measuring.accumulator import SITES, Accumulator, Side
+from nerve.measuring.accumulator import Accumulator, Side
 from nerve.measuring.collectives import shared_from
-from nerve.measuring.distributed import gathered
 from nerve.measuring.exchange import OfCovariance, OfShares, exchange
+from nerve.measuring.messages import gathered
 from nerve.measuring.parts import Key
+from nerve.sites_and_groups import SITES
 from nerve.spectra.covariance import Tally
 
 
@@ -112,7 +113,7 @@ def _prepare(
         tallies = [tally for _, tally in theirs]
         covariances.append(OfCovariance(covariance, to, tallies))
         for of in SITES if side == "post" else ():
-            own = mine.shares_of(of, covariance.dim, covariance.device)
+            own = mine.sample_shares(of, covariance.dim, covariance.device)
             shares.append(OfShares(own, to, [tally.n for tally in tallies], lengths))
     for key in sorted({key for seen in everyone for key in seen.parts}):
         theirs = [seen.parts[key] for seen in everyone if key in seen.parts]

@@ -24,8 +24,9 @@ def origins(rows: Tensor, source: Tensor) -> tuple[Tensor, Tensor] | None:
         source: `[m, width]`.
 
     Returns:
-        The indices `[n]`; and for each row of the source a number of its set of equal rows, `[m]`,
-        or -1 where all or none of that set are taken, so that it does not matter which.
+        The indices `[n]`; and for each row of the source, `[m]`, the id of its set of equal rows if
+        only some of the set occur in `rows`; otherwise -1, because the choice among them is then
+        irrelevant.
     """
     ours, theirs = _digest(rows), _digest(source.to(rows.dtype))
     (r, by_r), (s, by_s) = ours.sort(stable=True), theirs.sort(stable=True)

@@ -110,8 +110,8 @@ class Samples:
         return self._without_first(features), self._mask_without_first(mask)
 
     def _in_order(self, index: int, features: Tensor) -> Tensor:
-        """Sequence by sequence, where that is known. A part of a batch, as of a model that splits
-        it, stays as it lies where all samples count alike."""
+        """Sequence by sequence, if the order is known. A part of a batch, as in a model that splits
+        it, is left in its order if all samples count alike."""
         order = self._orders[index]
         is_needed = self._masks[index] is not None or self._skip_first or self._groups is not None
         if order is None or not (is_needed or order.fits(features)):

@@ -1,6 +1,6 @@
 """The streams of tokens in a batch, and which of their tokens count."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -143,6 +143,43 @@ def unpadded_of(stream: Stream) -> Tensor | None:
         return as_bool(stream.mask)
     except MeasurementError:
         return None
+
+
+def tensors_of(batch: Any) -> Iterator[Tensor]:
+    """The tensors of a batch, at any depth."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from tensors_of(value)
+    elif isinstance(batch, tuple | list):
+        for value in batch:
+            yield from tensors_of(value)
+
+
+def require_unpacked(batch: Any) -> None:
+    """Raises `MeasurementError` if rows of a mapping contain several sequences each, as its
+    positions or the bounds of these sequences show."""
+    if not isinstance(batch, Mapping):
+        return
+    places, mask = _tensor(batch, "position_ids"), _tensor(batch, "attention_mask")
+    ids = _tensor(batch, "input_ids")
+    n_rows = len(ids) if ids is not None and ids.ndim > 1 else 1
+    bounds = (key for key in batch if key.startswith(("cu_seq", "cumulative_seq")))
+    sizes = {key: bound.numel() for key in bounds if (bound := _tensor(batch, key)) is not None}
+    why = next((key for key, n in sizes.items() if n > n_rows + 1), None)
+    if places is not None and places.ndim == 2 and places.shape[1] > 1:
+        steps = places.diff() > 0
+        if mask is not None and mask.shape == places.shape:
+            counts = as_bool(mask)  # padding has any positions
+            steps = steps | ~(counts[:, 1:] & counts[:, :-1])
+        why = why if bool(steps.all()) else "position_ids"
+    if why is not None:
+        raise MeasurementError(
+            "skip_first= and groups by position count the positions of one sequence per row; rows "
+            f"of this batch contain several, as {why} shows. Give batches with one sequence per "
+            "row; or, in place of skip_first=, mask=lambda batch: batch['position_ids'] > 0."
+        )
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

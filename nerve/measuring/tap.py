@@ -130,7 +130,7 @@ class Hook:
         return self._look(*args)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return Hook, (nothing,)
+        return Hook, (inert_hook,)
 
     @property
     def __name__(self) -> str:
@@ -141,8 +141,8 @@ class Hook:
         )
 
 
-def nothing(*args: Any) -> None:
-    """What the hooks of copies do: nothing."""
+def inert_hook(*args: Any) -> None:
+    """The hook of a copy, which does nothing."""
 
 
 def hook_at(

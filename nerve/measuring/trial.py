@@ -15,6 +15,7 @@ from nerve.measuring.ffns import declared_widths, is_adapter, is_pointwise
 from nerve.measuring.forward import call, evaluating
 from nerve.measuring.routing import Routing
 from nerve.measuring.slices import Products, Slice, stacked
+from nerve.measuring.streams import tensors_of
 
 _FEW = 2
 _SHORT = 16
@@ -189,18 +190,6 @@ def _cut(batch: Any, n_sequences: int, n_positions: int | None) -> Any:
         return each[:, :n_positions].contiguous() if short else each
 
     return cut(batch)
-
-
-def tensors_of(batch: Any) -> Iterator[Tensor]:
-    """The tensors of a batch, at any depth."""
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from tensors_of(value)
-    elif isinstance(batch, tuple | list):
-        for value in batch:
-            yield from tensors_of(value)
 
 
 def _examples(model: nn.Module) -> Iterator[Any]:

@@ -65,8 +65,8 @@ class Skeleton:
     """The parameters of a network without their memory, at a cost that does not grow with its
     depth.
 
-    Two blocks show what a block adds: a parameter that blocks share is one of the first block
-    only, whatever shares it. The remaining blocks are like the second.
+    The second block shows what a block adds, because parameters that blocks share appear only in
+    the first one. The remaining blocks are like the second.
 
     Attributes:
         network: the network with its first two blocks, on the meta device.
@@ -91,7 +91,7 @@ class Skeleton:
         try:
             with torch.device("meta"):
                 return cls(network(short, seed=0), design.n_layers)
-        except (RuntimeError, OverflowError, MemoryError, TypeError) as error:  # as torch likes
+        except (RuntimeError, OverflowError, MemoryError, TypeError) as error:  # from torch
             raise ConfigError(
                 "The weights of a model must fit into memory; those of model and ffn do not: "
                 f"{first_line(error)}. Use smaller sizes."

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from nerve.config import require, require_choice, require_layers
 from nerve.nn.ffn import FeedForward
+from nerve.sites_and_groups import SITES
 from nerve.spectra.log_ratio import log_participation_ratio
 
 REGULARIZERS = ("none", "participation_ratio")
-SITES = ("post", "pre")
 
 
 @dataclass(frozen=True)

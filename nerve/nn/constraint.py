@@ -6,8 +6,9 @@ any optimizer preserves the constraint. Assigning to `linear.weight` applies the
 - `weight_norm`: each row is g · v/||v||, with separate parameters for its length and its direction
   (Salimans and Kingma 2016).
 - `spectral_norm`: W/σ(W), whose largest singular value is 1 (Miyato et al. 2018), estimated by
-  power iteration: each read in training mode iterates, one in evaluation mode does not. The weights
-  of a network iterate together before its forward pass (`iterate_together`), for the first read.
+  power iteration, which a read in training mode continues and a read in evaluation mode does not.
+  For the first read in a forward pass, the weights of a network are iterated together before the
+  pass (`iterate_together`).
 - `hyperspherical`: each row is v/||v||, on the unit sphere (Liu et al. 2017).
 """
 
@@ -39,7 +40,7 @@ class UnitRows(nn.Module):
 
 
 class WeightNorm(parametrizations._WeightNorm):
-    """torch's weight normalization, which on the meta device computes no lengths."""
+    """torch's weight normalization; on the meta device, it does not compute the lengths."""
 
     def right_inverse(self, weight: Weight) -> tuple[Float[Tensor, "d_out 1"], Weight]:
         if weight.is_meta:
@@ -50,7 +51,7 @@ class WeightNorm(parametrizations._WeightNorm):
 
 class SpectralNorm(parametrizations._SpectralNorm):
     """torch's spectral normalization, in the precision of the weight even under autocast, because
-    16 bits would change σ by up to 0.4%. On the meta device, it draws and iterates nothing.
+    16 bits would change σ by up to 0.4%. On the meta device, it neither draws nor iterates.
 
     Attributes:
         is_ahead: whether the iterations of the next read have already been done.

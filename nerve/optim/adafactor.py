@@ -8,23 +8,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nerve.optim.alike import alike
-from nerve.optim.closure import loss_of
+from nerve.optim.closure import evaluate_closure
 
 
 class Adafactor(torch.optim.Adafactor):
     """torch's Adafactor, with its settings and state, but with one kernel for each operation on all
     parameters of one shape, and without waiting for the device.
 
-    torch's takes the norms of each parameter and of its update to the host, twice per parameter and
-    step, whether `foreach` is set or not. Here they stay where they are. Each update equals torch's
-    up to rounding; the estimate of the second moments is a product of float32 numbers even where
-    matrix products may use TF32.
+    torch's copies the norms of each parameter and of its update to the host, twice per parameter
+    and step, whether or not `foreach` is set. Here they stay on the device. Each update equals
+    torch's up to rounding; the estimate of the second moments is a product of float32 numbers even
+    where matrix products may use TF32.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Runs `closure` with gradients enabled, if given, and updates; returns its loss."""
-        loss = loss_of(closure)
+        loss = evaluate_closure(closure)
         for group in self.param_groups:
             for weights in alike(group["params"], self._next_step):
                 self._update(weights, group, float(self.state[weights[0]]["step"]))
@@ -51,7 +51,7 @@ class Adafactor(torch.optim.Adafactor):
         return float(state["step"])
 
     def _update(self, weights: list[Tensor], group: dict[str, Any], step: float) -> None:
-        """Updates weights of one shape, which have made as many steps."""
+        """Updates weights of one shape that have all made `step` steps."""
         lr, (eps1, eps2) = float(group["lr"]), group["eps"]
         eps1 = torch.finfo(weights[0].dtype).eps if eps1 is None else eps1
         root = weights[0].numel() ** 0.5
@@ -70,8 +70,8 @@ class Adafactor(torch.optim.Adafactor):
     def _second_moments(
         self, weights: list[Tensor], gradients: Tensor, newest: float, eps1: float
     ) -> Tensor:
-        """Estimates [n, *shape] of the squared gradients, to which the newest ones count as much as
-        given."""
+        """Estimates [n, *shape] of the squared gradients, in which the newest ones have the weight
+        `newest`."""
 
         def averaged(name: str, squares: Tensor) -> Tensor:
             averages = [self.state[weight][name] for weight in weights]
@@ -91,12 +91,13 @@ class Adafactor(torch.optim.Adafactor):
 
 
 def _norms(tensors: Sequence[Tensor]) -> Float[Tensor, " n"]:
-    """The norm of each tensor, on their device; at least in float32, as the products of norms with
-    learning rates may have more digits than tensors of 16 bits, and be smaller."""
+    """The norm of each tensor, on their device; at least in float32, because products of norms and
+    learning rates may need more digits, or be smaller, than 16 bits can represent."""
     norms = torch.stack(torch._foreach_norm(list(tensors)))
     return norms.to(torch.promote_types(norms.dtype, torch.float32))
 
 
 def _at_least(least: float, numbers: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """The larger of both; `least` for NaN, so that it spreads no further than in torch's."""
+    """The larger of both; `least` for NaN, so that NaN spreads no further than in torch's
+    Adafactor."""
     return torch.where(numbers > least, numbers, least)

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 
 MOST_ELEMENTS = 2**27
-"""How many elements are stacked at most, half a gigabyte in float32: with matrices that large, more
-of them would not be faster."""
+"""The largest number of elements that are stacked, half a gigabyte in float32: stacking more of
+such large matrices would not be faster."""
 
 
 def alike(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 
-def loss_of(closure: Callable[[], Any] | None) -> Any:
+def evaluate_closure(closure: Callable[[], Any] | None) -> Any:
     """The result of `closure`, run with gradients enabled; None without a closure."""
     if closure is None:
         return None

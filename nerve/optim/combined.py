@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nerve.errors import ConfigError
-from nerve.optim.closure import loss_of
+from nerve.optim.closure import evaluate_closure
 
 
 class CombinedOptimizer(Optimizer):
@@ -38,7 +38,7 @@ class CombinedOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Runs `closure` with gradients enabled, if given, and all parts; returns its loss."""
-        loss = loss_of(closure)
+        loss = evaluate_closure(closure)
         for part in self.parts.values():
             part.step()
         return loss

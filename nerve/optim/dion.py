@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from nerve.config import require
 from nerve.optim.alike import alike
-from nerve.optim.closure import loss_of
+from nerve.optim.closure import evaluate_closure
 
 
 class Dion(Optimizer):
@@ -96,7 +96,7 @@ class Dion(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Runs `closure` with gradients enabled, if given, and updates; returns its loss."""
-        loss = loss_of(closure)
+        loss = evaluate_closure(closure)
         everything = chain.from_iterable(group["params"] for group in self.param_groups)
         indices = {weight: index for index, weight in enumerate(everything)}
         for group in self.param_groups:
@@ -113,7 +113,7 @@ class Dion(Optimizer):
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         torch._foreach_add_(momenta, gradients)
         buffers, old = torch.stack(momenta), torch.stack(rights)
-        left, unscaled, right = power_iteration(buffers, old)
+        left, unscaled, right = power_step(buffers, old)
         torch._foreach_add_(momenta, list(left @ unscaled.mT), alpha=group["momentum"] - 1.0)
         torch._foreach_copy_(rights, list(torch.where(right.any(-2, keepdim=True), right, old)))
         updates = (left @ right.mT).to(weights[0].dtype)
@@ -140,7 +140,7 @@ class Dion(Optimizer):
                 self.state[parameter][key] = value.to(parameter.device, copy=True)
 
 
-def power_iteration(
+def power_step(
     buffer: Float[Tensor, "*batch n_out n_in"], right: Float[Tensor, "*batch n_in rank"]
 ) -> tuple[
     Float[Tensor, "*batch n_out rank"],

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nerve.optim.alike import alike
-from nerve.optim.closure import loss_of
+from nerve.optim.closure import evaluate_closure
 
 
 class Muon(torch.optim.Muon):
@@ -24,7 +24,7 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Runs `closure` with gradients enabled, if given, and updates; returns its loss."""
-        loss = loss_of(closure)
+        loss = evaluate_closure(closure)
         for group in self.param_groups:
             for weights in alike(group["params"]):
                 self._update(weights, group)

@@ -93,7 +93,7 @@ class Pace:
 
 def sleep_while_waiting(device: torch.device) -> None:
     """Makes every thread of this process that waits for `device` sleep instead of polling. Drivers
-    before CUDA 12.1 cannot be told to; there nothing changes."""
+    before CUDA 12.1 do not support this; there nothing changes."""
     flags = ctypes.c_uint()
     try:
         driver = ctypes.CDLL("libcuda.so.1")

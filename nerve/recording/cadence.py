@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nerve.measuring.distributed import gathered, own_part
 from nerve.measuring.ffns import FFN, sites_of
+from nerve.measuring.messages import gathered, own_part
 from nerve.optim import Role
 from nerve.recording.solver import Labels
 
@@ -160,8 +160,8 @@ def loss_of(output: Any) -> tuple[Tensor, int | None] | None:
 
     Args:
         output: what a model returned. The loss is the entry or attribute `loss`, a tensor with one
-            element, as models of transformers have it; `n_targets` beside it is how much it counts
-            among the batches, which without it count alike.
+            element, as models of transformers have it; `n_targets` beside it is its weight among
+            the batches; without it, all have the same weight.
     """
     loss = _entry(output, "loss")
     if not isinstance(loss, Tensor) or loss.numel() != 1:

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nerve.measuring.distributed import n_processes
 from nerve.measuring.eigenproblem import (
     FFNEigenproblem,
     FFNSpectra,
     GroupEigenproblem,
     GroupSpectrum,
 )
-from nerve.recording.placement import Place, Placement
+from nerve.measuring.processes import n_processes
+from nerve.recording.placement import Placement, Processor
 from nerve.recording.staging import Staging
 from nerve.recording.workers import pool_of, waiting_on_host
 
@@ -60,7 +60,7 @@ class Untaken:
     def n_bytes(self) -> int:
         """The device memory it occupies."""
         held = self._held
-        return 0 if held is None or self.is_copied else bytes_of(held)
+        return 0 if held is None or self.is_copied else matrix_bytes(held)
 
 
 class Waiting(NamedTuple):
@@ -100,11 +100,11 @@ class Dispatch:
         self._stream = torch.cuda.Stream(device, priority=LOWEST) if is_gpu else None
         self._staging = Staging(device)
         self._placement = Placement(n_workers)
-        self._said: Counter[Place] = Counter()
+        self._last_counts: Counter[Processor] = Counter()
         self._copier = pool_of(1) if self._pool and is_gpu else None
         self._room = threading.Semaphore(waiting_on_host(n_processes(), n_bytes))
         if self._copier:
-            # If pinning fails here, it is tried again, and fails, where it is needed.
+            # If pinning fails here, it is tried again where it is needed, and fails there.
             self._copier.submit(self._staging.reserve, n_bytes)
 
     @property
@@ -124,18 +124,18 @@ class Dispatch:
             ready = torch.cuda.current_stream(self._device).record_event()
         works = [work_of(each) for each in eigenproblems]
         if self._of_gpu:
-            places = self._placement.choose(works)
+            processors = self._placement.choose(works)
         else:
-            places = ["host" if self._pool else "device"] * len(works)
-        self._say(places, step)
+            processors = ["host" if self._pool else "device"] * len(works)
+        self._log_processors(processors, step)
         has_groups = any(isinstance(each, GroupEigenproblem) for each in eigenproblems)
         waiting = []
-        for eigenproblem, work, place in zip(eigenproblems, works, places, strict=True):
+        for eigenproblem, work, processor in zip(eigenproblems, works, processors, strict=True):
             name = f"{eigenproblem.ffn} in layer {eigenproblem.layer}"
             untaken = Untaken(eigenproblem)
-            task = partial(self._solve, untaken, place, work, ready, has_groups)
-            waiting.append(Waiting(name, untaken, self._begun(task, place)))
-            if self._copier and place == "host":
+            task = partial(self._solve, untaken, processor, work, ready, has_groups)
+            waiting.append(Waiting(name, untaken, self._begun(task, processor)))
+            if self._copier and processor == "host":
                 self._copier.submit(self._copy, untaken, ready)
         return waiting
 
@@ -147,8 +147,8 @@ class Dispatch:
         for pool in pools:
             pool.shutdown()
 
-    def _begun(self, task: Callable[[], Any], place: Place) -> Future[Any]:
-        pool = self._pool if place == "host" else self._of_gpu
+    def _begun(self, task: Callable[[], Any], processor: Processor) -> Future[Any]:
+        pool = self._pool if processor == "host" else self._of_gpu
         if pool:
             return pool.submit(task)
         future: Future[Any] = Future()
@@ -161,14 +161,14 @@ class Dispatch:
     def _solve(
         self,
         untaken: Untaken,
-        place: Place,
+        processor: Processor,
         work: float,
         ready: torch.cuda.Event | None,
         has_groups: bool,
     ) -> FFNSpectra | GroupSpectrum:
         began, seconds = time.monotonic(), None
         try:
-            if place == "host" and self._stream is not None:
+            if processor == "host" and self._stream is not None:
                 problem = untaken.take()
                 if untaken.is_copied:
                     self._room.release()
@@ -187,7 +187,7 @@ class Dispatch:
                     each.row()
             seconds = time.monotonic() - began
         finally:
-            self._placement.solved(place, work, seconds)
+            self._placement.solved(processor, work, seconds)
         return spectra
 
     def _copy(self, untaken: Untaken, ready: torch.cuda.Event | None) -> None:
@@ -199,12 +199,12 @@ class Dispatch:
                 if not untaken.is_copied:
                     self._room.release()
 
-    def _say(self, places: Sequence[Place], step: Any) -> None:
+    def _log_processors(self, processors: Sequence[Processor], step: Any) -> None:
         """Logs where the eigenproblems are solved whenever that changes; nothing if all are solved
         at once."""
-        counted = Counter(places)
-        if self.is_beside and counted != self._said:
-            self._said = counted
+        counted = Counter(processors)
+        if self.is_beside and counted != self._last_counts:
+            self._last_counts = counted
             log.info(
                 "solving the spectra of step %s in the background: %s on %s CPU threads, %s on %s",
                 step,
@@ -222,7 +222,7 @@ def work_of(eigenproblem: Eigenproblem) -> float:
     return float(len(eigenproblem.before)) ** 3 + float(len(eigenproblem.post)) ** 3
 
 
-def bytes_of(eigenproblem: Eigenproblem) -> int:
+def matrix_bytes(eigenproblem: Eigenproblem) -> int:
     """The memory of its matrices."""
     if isinstance(eigenproblem, GroupEigenproblem):
         return eigenproblem.matrix.nbytes

@@ -4,8 +4,10 @@ import gc
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ from nerve.measuring.given import (
     Loaded,
     check_batches,
     check_given,
+    explicit,
     require_model,
     series_of,
 )
@@ -26,15 +29,26 @@ from nerve.measuring.passes import bytes_of
 from nerve.measuring.streams import count_tokens
 from nerve.progress import Progress, shown, unseen
 from nerve.recording.cadence import WeightedMean, loss_of
-from nerve.recording.given import check_labels, check_stored
-from nerve.recording.measured_run import Digest, MeasuredRun, measured_run
+from nerve.recording.digest import SampleDigests
+from nerve.recording.given import (
+    check_labels,
+    check_stored,
+    check_token_counts,
+    recorded_arguments,
+)
+from nerve.recording.measured_run import MeasuredRun, measured_run
 from nerve.recording.run import seed_of
 from nerve.recording.settings import require_shortcut
 
-_ASKED = ("exclude", "only_labeled", "skip_first", "shortcut")
-"""The fields of `How` that the configuration of the run records unchanged."""
+_FIND = "Give ffns=nerve.find_ffns(model, batch, {}=…)."
 
 
+@explicit(
+    layers=_FIND.format("layers"),
+    select=_FIND.format("select"),
+    config="Give labels=, which distinguish your runs.",
+    source="The batches are measured in eval mode.",
+)
 def measure(
     model: nn.Module | Iterable[tuple[int, Loaded]],
     batches: Iterable[Any],
@@ -71,18 +85,22 @@ def measure(
             several passes, they are iterated more than once and therefore kept in memory.
         into: a new run directory, where the results are stored in the same format as those of a
             training run, with the validation loss if the model returns a `loss` (weighted by
-            `n_targets` if it returns that, too). The configuration of the run has `model`, the
-            model's own configuration or its class; `weights` (per step) and `batches`, digests; and
-            `measure`, the arguments. `tokens_seen` is 0, since it is unknown.
+            `n_targets` if it returns that, too); comparisons leave out runs without a loss. The
+            configuration of the run has `model`, the model's own configuration or its class;
+            `weights` (per step), `batches` and `masks` (of `mask`), digests; and `measure`, the
+            arguments, with the layers and names of `ffns`. What `forward` does is not recorded.
+            `tokens_seen` is 0, since it is unknown.
         step: the training step of a single model that is stored with `into`.
-        labels: further properties of the run, by name; they become columns of `nerve.load_runs`. A
-            `seed`, if it is an integer, is the seed of the run.
-        fingerprints: hashes of the `corpus` and the `tokenizer` of the batches, under these names;
-            stored in the record, as `nerve-run` does, and in the configuration.
+        labels: further properties of the run, by name; they become columns of `nerve.load_runs` and
+            identify the run with the arguments. A `seed`, if it is an integer, is the seed of the
+            run.
+        fingerprints: hashes, or other texts, that identify the `corpus` and the `tokenizer` of the
+            batches, under these names; stored in the record, as nerve-run does, and as `text` in
+            the configuration. Comparisons never pool runs that differ in them.
         spectra: whether to store the eigenvalues, too; `auto` for d_ff up to 1024.
         resume: continues the run in `into`, whether or not it is done: steps that it already has
-            are neither loaded nor measured again. Labels, fingerprints and arguments must be the
-            same.
+            are neither loaded nor measured again. Labels, fingerprints, batches and arguments must
+            be the same, except for `memory`, `progress` and `forward`, which is not recorded.
         ffns: descriptions of the FFNs; None for those that `nerve.find_ffns` finds with the first
             batch. To select some: `ffns=nerve.find_ffns(model, batch, select="*.mlp")`.
         forward: runs the model on one batch; by default `model(batch)`, or `model(**batch)` for a
@@ -123,14 +141,17 @@ def measure(
         participation ratio (pr), eigenvalue early enrichment (eee), total variance, corrected pr,
         and the variance shares of the farthest sample, of the farthest 0.1% and of the mean, each
         _pre and _post; Jensen-Shannon divergence (js, nats); variance_outside; precision and
-        status. Values that cannot be measured are NaN, and status gives the reason. `outliers`
-        names the sites whose spectrum may be dominated by a few samples. For a series, the first
-        column is the step; steps that were stored before have no rows.
+        status. Values that cannot be measured are NaN, and status gives the reason. Then the
+        derived columns of `nerve.load_metrics`: exp_se, pr_gain, delta_eee and others, `outliers`,
+        which names the sites whose spectrum may be dominated by a few samples, and `sampling`, by
+        N/D (missing with `groups=["halves"]`: `nerve.load_metrics` then rates by these). For a
+        series, the first column is the step; steps that were stored before have no rows.
 
     Raises:
         ConfigError: for a model, function or description of the wrong kind, duplicate steps, a
             single batch instead of a list, or labels with a reserved name.
-        StoreError: if the directory holds another run, or one that is done.
+        StoreError: if the directory holds another run, or without `resume` one that has measured
+            something.
         MeasurementError: for a model without FFNs, no batches, or features, masks or descriptions
             that are inconsistent.
     """
@@ -141,14 +162,21 @@ def measure(
     check_stored(into, step, spectra, resume, groups, sites, is_series=is_series)
     require_shortcut("shortcut", shortcut)
     check_labels(into, labels, fingerprints)
+    check_token_counts(groups, token_counts, are_counted=True)
     labels, text = dict(labels or {}), dict(fingerprints or {})
+    given = recorded_arguments(
+        exclude=exclude,
+        only_labeled=only_labeled,
+        ffns=ffns,
+        token_counts=token_counts,
+    )
     if "frequency" in groups and token_counts is None:
         batches = list(batches)
         token_counts = count_tokens(batches)
     how = How(
         forward or call,
         mask,
-        tuple(exclude),
+        tuple(given["exclude"]),
         only_labeled,
         skip_first,
         shortcut,
@@ -161,8 +189,8 @@ def measure(
     with ExitStack() as stack:
         run = None
         if into is not None:
-            recorded = {"measure": _as_recorded(how), **({"text": text} if text else {})}
-            asked = {**labels, **recorded}
+            recorded = given | _as_recorded(how, spectra)
+            asked = {**labels, "measure": recorded, **({"text": text} if text else {})}
             run = stack.enter_context(
                 measured_run(
                     into, asked, spectra, resume=resume, seed=seed_of(labels), fingerprints=text
@@ -174,11 +202,17 @@ def measure(
         )
 
 
-def _as_recorded(how: How) -> dict[str, Any]:
-    """The arguments as the configuration of the run records them."""
-    chosen = {name: getattr(how, name) for name in _ASKED} | {"mask": how.mask is not None}
+def _as_recorded(how: How, spectra: bool | str) -> dict[str, Any]:
+    """The arguments as the configuration of the run records them, beside `recorded_arguments`; the
+    last ones only if they are not the default."""
     lists = (("groups", how.grouped.groupings), ("sites", how.sites))
-    return chosen | {name: list(each) for name, each in lists if each}
+    return {
+        "skip_first": how.skip_first,
+        "shortcut": how.shortcut,
+        "mask": how.mask is not None,
+        **{name: list(each) for name, each in lists if each},
+        **({} if spectra is True else {"spectra": spectra}),
+    }
 
 
 def _measure_new(
@@ -199,21 +233,35 @@ def _measure_new(
     """
     if run is not None and run.steps and isinstance(batches, Sequence):
         # Before anything is loaded, and even if no step is left.
-        digest = Digest()
-        digest.add_batch(batches)
-        run.require_batches(digest)
-    frames = []
+        samples = SampleDigests(how.mask)
+        for batch in batches:
+            if samples.mask is not None:
+                samples.mask(batch)
+            samples.add(batch)
+        run.require_same(samples.as_config())
+    frames = [_frame_of((), 0, how, is_series=is_series)]
     for at, loaded in series:
         if run is not None and at in run.steps:
             continue
         tell = _prefixed(progress, f"step {at}: " if is_series else "")
         found = measure_one(loaded, batches, how, progress=tell, run=run, step=at, **given)
-        frames.append(frame_of(found))
+        frames.append(_frame_of(found, at, how, is_series=is_series))
         if is_series:
-            frames[-1].insert(0, "step", at)
             del loaded
             gc.collect()  # hooks and graphs may keep a model until then
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+    return pd.concat(frames[1:] or frames, ignore_index=True)
+
+
+def _frame_of(
+    spectra: Iterable[FFNSpectra], step: int, how: How, *, is_series: bool
+) -> pd.DataFrame:
+    """The rows of a model; those of a series with their step."""
+    rows = frame_of(spectra)
+    if "halves" in how.grouped.groupings:  # then nerve.load_metrics judges from these
+        rows = rows.assign(sampling=np.array(np.nan, object))
+    if is_series:
+        rows.insert(0, "step", step)
+    return rows
 
 
 def measure_one(
@@ -232,20 +280,21 @@ def measure_one(
     `measure`."""
     loaded = model if isinstance(model, nn.Module) else model()
     require_model(loaded)
-    loss, digest = WeightedMean(), Digest()
+    loss, samples = WeightedMean(), SampleDigests(how.mask)
 
     def give(batch: Any, output: object) -> None:
         if run is not None:
-            digest.add_batch(batch)
+            samples.add(batch)
         found = loss_of(output)
         if found is not None:
             loss.add(*found)
 
+    how = replace(how, mask=samples.mask)
     spectra, groups = spectra_of(
         loaded, batches, how, ffns=ffns, memory=memory, progress=progress, give=give
     )
     if run is not None:
-        run.add(step, loaded, digest, spectra, loss.value(), tokens_seen, groups)
+        run.add(step, loaded, samples.as_config(), spectra, loss.value(), tokens_seen, groups)
     return spectra
 
 

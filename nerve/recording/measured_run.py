@@ -1,122 +1,86 @@
 """The run of a model that is measured without being trained, at one or more of its steps."""
 
-import hashlib
 import os
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from nerve.errors import StoreError
 from nerve.measuring.eigenproblem import FFNSpectra, GroupSpectrum
+from nerve.recording.digest import Digest
 from nerve.recording.run import RecordedRun, recorded_run
 from nerve.recording.solver import Solved
 from nerve.recording.writer import SpectraWriter
 from nerve.storage.directory import RunDirectory
 from nerve.storage.identity import differences
 
-OWN = ("model", "weights", "batches", "measure", "text")
+OWN = ("model", "weights", "batches", "masks", "measure", "text")
 """The keys of the configuration that such a run fills in itself, or that `measure` does."""
 
-_FOUND = ("model", "weights", "batches")
+_FOUND = ("model", "weights", "batches", "masks")
 """Those that are known only when a model is measured."""
-
-BEAT_EVERY_S = 10.0
 
 _MOST_SHOWN = 5
 """Number of different values that an error names."""
 
 
-class Digest:
-    """A digest of tensors: their types, shapes and values."""
-
-    def __init__(self) -> None:
-        self._sha: Any = hashlib.sha256()
-
-    def add(self, tensors: Iterable[Any]) -> None:
-        """Adds tensors; other values are ignored."""
-        for tensor in tensors:
-            if isinstance(tensor, Tensor):
-                self._sha.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-                plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                self._sha.update(plain.numpy())
-
-    def add_batch(self, batch: Any) -> None:
-        """Adds the tensors of a batch, at any depth, also in mappings that are no node of torch's
-        trees, such as what a tokenizer of transformers returns."""
-        for leaf in tree_leaves(batch):
-            if isinstance(leaf, Mapping):
-                self.add_batch(dict(leaf))
-            else:
-                self.add([leaf])
-
-    def __str__(self) -> str:
-        return self._sha.hexdigest()[:16]
-
-
 class MeasuredRun:
     """Stores the measurements of a run, one per step.
 
-    Its configuration holds the request, and grows with each step: `model`, `batches` (a digest),
-    and `weights`, a string with the step and a digest for each step in order. A `model` given in
-    the request stays as it is.
+    Its configuration holds the request, and grows with each step: `model`, `batches` and, if the
+    caller gives masks, `masks` (digests), and `weights`, a string with the step and a digest for
+    each step in order. A `model` given in the request stays as it is.
     """
 
     def __init__(
-        self, recorded: RecordedRun, asked: Mapping[str, Any], spectra: bool | str
+        self, recorded: RecordedRun, requested: Mapping[str, Any], spectra: bool | str
     ) -> None:
         self._record = recorded.record
         self._writer = SpectraWriter(recorded.store, (), spectra)
-        self._own_model = "model" not in asked
+        self._own_model = "model" not in requested
         known = recorded.record.config
-        self._config = {**asked, **{key: known[key] for key in _FOUND if key in known}}
-        self._heard = time.monotonic()
+        self._config = {**requested, **{key: known[key] for key in _FOUND if key in known}}
 
     @property
     def steps(self) -> dict[int, str]:
         """The steps that are measured and stored, each with the digest of its weights."""
         return _steps_of(self._config)
 
-    def beat(self) -> None:
-        """Updates the run's heartbeat at intervals; call it often."""
-        if time.monotonic() - self._heard > BEAT_EVERY_S:
-            self._heard = time.monotonic()
-            self._record.update()
-
-    def require_batches(self, batches: Digest) -> None:
-        """Raises `StoreError` if the batches differ from those of earlier steps."""
-        if self._config.get("batches", str(batches)) != str(batches):
-            raise StoreError(
-                "All steps of a run must be measured on the same batches; those of "
-                f"{self._record.directory} have the digest {self._config['batches']}, these have "
-                f"{batches}. Choose another directory."
-            )
+    def require_same(self, samples: Mapping[str, str]) -> None:
+        """Raises `StoreError` if the batches or masks, given by their digests, differ from those of
+        earlier steps."""
+        for name, digest in samples.items():
+            known = self._config.get(name, digest)
+            if known != digest:
+                raise StoreError(
+                    f"All steps of a run must be measured on the same {name}; those of "
+                    f"{self._record.directory} have the digest {known}, these have {digest}. "
+                    "Choose another directory."
+                )
 
     def add(
         self,
         step: int,
         model: nn.Module,
-        batches: Digest,
+        samples: Mapping[str, str],
         spectra: Sequence[FFNSpectra],
         val_loss: float | None,
         tokens_seen: int = 0,
         groups: Sequence[GroupSpectrum] = (),
     ) -> None:
-        """Stores a measurement.
+        """Stores a measurement; `samples` are digests, as of `SampleDigests`.
 
         Raises:
-            StoreError: if the batches differ from those of earlier steps.
+            StoreError: if these differ from those of earlier steps.
         """
-        self.require_batches(batches)
+        self.require_same(samples)
         labels = {"step": step, "tokens_seen": tokens_seen, "val_loss": val_loss}
         self._writer.write([Solved(labels, list(spectra), groups)])
         steps = self.steps | {step: str(weights_of(model))}
         self._config |= {
-            "batches": str(batches),
+            **samples,
             "weights": [f"{each} {steps[each]}" for each in sorted(steps)],
         }
         if self._own_model:
@@ -149,16 +113,16 @@ class Measured(NamedTuple):
     is_done: bool = False
 
 
-def measured_of(directory: str | os.PathLike[str], asked: Mapping[str, Any]) -> Measured:
+def measured_of(run: RunDirectory, requested: Mapping[str, Any]) -> Measured:
     """What a directory holds of the requested run.
 
     Raises:
         StoreError: if the directory holds another run.
     """
-    record = RunDirectory(directory).record
+    record = run.record
     if record is None:
         return Measured({})
-    different = differences(_asked_of(record.config, asked), asked)
+    different = differences(_requested_part(record.config, requested), requested)
     if different:
         names = ", ".join(different[:_MOST_SHOWN])
         if len(different) > _MOST_SHOWN:
@@ -166,14 +130,14 @@ def measured_of(directory: str | os.PathLike[str], asked: Mapping[str, Any]) -> 
         raise StoreError(
             f"A directory can hold only one run; {record.directory} holds run {record.run_id} "
             f"({record.run_status}) with different values of {names}. "
-            "Choose another directory, or delete that one."
+            f"Choose {run.ANOTHER}, or delete that one."
         )
     return Measured(_steps_of(record.config), record.started, record.run_status == "done")
 
 
-def _asked_of(config: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+def _requested_part(config: Mapping[str, Any], requested: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without the keys that the run fills in itself."""
-    return {key: value for key, value in config.items() if key in asked or key not in _FOUND}
+    return {key: value for key, value in config.items() if key in requested or key not in _FOUND}
 
 
 def _steps_of(config: Mapping[str, Any]) -> dict[int, str]:
@@ -184,7 +148,7 @@ def _steps_of(config: Mapping[str, Any]) -> dict[int, str]:
 @contextmanager
 def measured_run(
     directory: str | os.PathLike[str],
-    asked: Mapping[str, Any],
+    requested: Mapping[str, Any],
     spectra: bool | str,
     *,
     resume: bool,
@@ -194,10 +158,10 @@ def measured_run(
 
     Args:
         directory: the run directory.
-        asked: the part of the configuration that is known in advance.
+        requested: the part of the configuration that is known in advance.
         spectra: whether eigenvalues are stored, as in `SpectraWriter`.
-        resume: whether to continue an existing run. Otherwise a run that is done is refused, and
-            one that is not starts over.
+        resume: whether to continue an existing run. Otherwise a run that has measured something is
+            refused.
         first: fields of a new run's record, such as `fingerprints`.
 
     Raises:
@@ -205,15 +169,17 @@ def measured_run(
     """
     known = RunDirectory(directory).record
     found = {} if known is None else known.config
-    config = {**{key: found[key] for key in _FOUND if key in found}, **asked}
-    with recorded_run(directory, config, goes_on=resume, **first) as run:
+    config = {**{key: found[key] for key in _FOUND if key in found}, **requested}
+    with recorded_run(
+        directory, config, resume=resume, how_to_resume="resume=True", **first
+    ) as run:
         if run is None:
             yield None
             return
         if not resume:
             run.store.truncate_after(-1)
-            run.record.update(config=dict(asked))
-        yield MeasuredRun(run, asked, spectra)
+            run.record.update(config=dict(requested))
+        yield MeasuredRun(run, requested, spectra)
 
 
 def _config_of(model: nn.Module) -> Any:

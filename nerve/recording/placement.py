@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-Place = Literal["host", "device"]
+Processor = Literal["host", "device"]
 
 HOST_S = 6e-11
 DEVICE_S = 3e-12
@@ -18,13 +18,13 @@ FIRST_S = 10.0
 unknown."""
 
 _ROOM = 1.5
-"""Work pending on the host must be finishable within this many intervals between measurements: more
-than one, because the next measurement may find some pending, and fewer than would make training
-wait."""
+"""Work pending on the host must be finishable within this many intervals between measurements.
+Above 1, because some work may still be pending at the next measurement; not much above, or training
+would wait."""
 _MEASUREMENTS = 3
-"""Solving times are medians over as many of the latest solutions as these measurements have: while
-the machine is busy with something else for a moment, nothing moves to the GPU, where it would take
-time from training."""
+"""Solving times are medians over the solutions of this many measurements, so that nothing moves to
+the GPU, where it would take time from training, when the machine is busy with something else for a
+moment."""
 
 
 class Placement:
@@ -44,13 +44,13 @@ class Placement:
         self._n_threads = n_threads
         self._clock = clock
         self._lock = threading.Lock()
-        self._seconds: dict[Place, list[float]] = {"host": [HOST_S], "device": [DEVICE_S]}
+        self._seconds: dict[Processor, list[float]] = {"host": [HOST_S], "device": [DEVICE_S]}
         self._n_newest = 1
         self._pending = 0.0
         self._last: float | None = None
 
-    def choose(self, works: Sequence[float]) -> list[Place]:
-        """Chooses a place for each eigenproblem of a new measurement.
+    def choose(self, works: Sequence[float]) -> list[Processor]:
+        """Chooses a processor for each eigenproblem of a new measurement.
 
         Args:
             works: the cost of each: the sum of the cubes of its matrices' widths.
@@ -61,27 +61,27 @@ class Placement:
             host_takes_all = self._n_threads and (
                 self._typical("device") > self._typical("host") / self._n_threads
             )
-            places: list[Place] = []
+            processors: list[Processor] = []
             for work in works:
                 fits = bool(self._n_threads) and self._pending + work <= room
-                places.append("host" if fits or host_takes_all else "device")
-                if places[-1] == "host":
+                processors.append("host" if fits or host_takes_all else "device")
+                if processors[-1] == "host":
                     self._pending += work
             self._last, self._n_newest = now, len(works)
-        return places
+        return processors
 
-    def solved(self, place: Place, work: float, seconds: float | None) -> None:
+    def solved(self, processor: Processor, work: float, seconds: float | None) -> None:
         """Records that one is solved, and how long it took; None if it failed."""
         with self._lock:
-            if place == "host":
+            if processor == "host":
                 self._pending -= work
             if seconds is not None:
-                latest = [*self._seconds[place], seconds / work]
-                self._seconds[place] = latest[-_MEASUREMENTS * max(1, self._n_newest) :]
+                latest = [*self._seconds[processor], seconds / work]
+                self._seconds[processor] = latest[-_MEASUREMENTS * max(1, self._n_newest) :]
 
-    def _typical(self, place: Place) -> float:
+    def _typical(self, processor: Processor) -> float:
         """Seconds per unit of work."""
-        return statistics.median(self._seconds[place])
+        return statistics.median(self._seconds[processor])
 
     def _room(self, now: float) -> float:
         """How much more work may be pending on the host."""

@@ -1,4 +1,4 @@
-"""Compiles beside training what a later measurement may need of the GPU's compiler."""
+"""Compiles GPU kernels that a later measurement may need, while training goes on."""
 
 import logging
 import threading

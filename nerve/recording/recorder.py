@@ -63,8 +63,8 @@ class Recorder:
         """Wall time spent measuring, in training steps, too, validating, and waiting for results
         that were not solved in time; on a GPU, the time of that work in the stream of the model.
 
-        Not in it is by how much a forward pass is slower where it must be observed: without CUDA
-        graphs, or with experts one by one.
+        It does not include by how much a forward pass is slower because it is observed: without
+        CUDA graphs, or with experts one by one.
         """
         return self._seconds_before + self.clock.seconds
 
@@ -103,6 +103,12 @@ class Recorder:
     def latest(self) -> list[dict[str, Any]]:
         """The rows of the most recent measurement that is solved."""
         return self._writer.latest if self._writer else []
+
+    def write_to(self, store: RunStore | None) -> None:
+        """Sets where rows go, if that is known only after `open`; before anything is measured."""
+        self._store = store
+        if self._writer is not None:
+            self._writer.store = store
 
     def drop_after(self, step: int) -> None:
         """Drops rows after `step`: they belong to an abandoned branch if training starts there."""

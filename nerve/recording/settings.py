@@ -3,18 +3,18 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from nerve.config import (
+    from_mapping,
     require,
     require_choice,
     require_count,
-    require_reached,
     require_several,
     require_steps,
 )
 from nerve.measuring.projection import PROJECTED
-from nerve.metric_names import AROUND, GROUPS
+from nerve.sites_and_groups import AROUND, GROUPINGS
 
 SPACING = "log:"
 """Prefix of a request for a number of geometrically spaced steps: `log:30`."""
@@ -57,9 +57,12 @@ def require_shortcut(key: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class MonitorSettings:
-    """The settings of the `monitor` group that decide what a run measures.
+    """The settings that decide what a monitor measures, and when. Their defaults are those of
+    `nerve.watch`, `nerve.SpectralCallback` and `nerve.SpectralMonitor`; conf/config.yaml has those
+    of nerve-run.
 
     Attributes:
+        PREFIX: of the names in errors: the group of a configuration, or none for arguments.
         every_n_steps: optimizer steps between measurements, at steps 0, k, 2k, …; None for no such
             cadence.
         steps: additional single steps, in any order; or `log:n`: n geometrically spaced steps from
@@ -83,7 +86,9 @@ class MonitorSettings:
         ConfigError: for a value out of range.
     """
 
-    every_n_steps: int | None = 25
+    PREFIX: ClassVar[str] = ""
+
+    every_n_steps: int | None = 100
     steps: list | str | None = None
     source: str = "heldout"
     spectra: bool | str = "auto"
@@ -95,23 +100,30 @@ class MonitorSettings:
     sites: list = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        require_count("monitor.every_n_steps", self.every_n_steps, or_null=True)
-        _check_steps("monitor.steps", self.steps)
+        prefix = self.PREFIX
+        require_count(f"{prefix}every_n_steps", self.every_n_steps, or_null=True)
+        _check_steps(f"{prefix}steps", self.steps)
         require(
             self.every_n_steps is not None or self.steps is not None,
-            "monitor.every_n_steps or monitor.steps must be set, to select the measured steps; got "
-            "null for both.",
+            f"{prefix}every_n_steps or {prefix}steps must be set, to select the measured steps; "
+            "got null for both.",
         )
-        require_choice("monitor.source", self.source, ("heldout", "train"))
+        require_choice(f"{prefix}source", self.source, ("heldout", "train"))
         require(
             self.spectra in (True, False, "auto"),
-            f"monitor.spectra must be true, false or auto; got {self.spectra!r}.",
+            f"{prefix}spectra must be true, false or auto; got {self.spectra!r}.",
         )
-        require_shortcut("monitor.shortcut", self.shortcut)
-        require_count("monitor.skip_first", self.skip_first, least=0)
-        require_several("monitor.groups", self.groups, GROUPS)
-        require_several("monitor.sites", self.sites, AROUND)
-        require_count("monitor.groups_every", self.groups_every)
+        require_shortcut(f"{prefix}shortcut", self.shortcut)
+        require_count(f"{prefix}skip_first", self.skip_first, least=0)
+        require_several(f"{prefix}groups", self.groups, GROUPINGS)
+        require_several(f"{prefix}sites", self.sites, AROUND)
+        require_count(f"{prefix}groups_every", self.groups_every)
+
+    @classmethod
+    def of(cls, **arguments: Any) -> Self:
+        """The settings given as arguments of a function. Raises `ConfigError` also for a value of
+        another type."""
+        return from_mapping(cls, arguments)
 
     @property
     def begins_at_zero(self) -> bool:
@@ -137,10 +149,6 @@ class MonitorSettings:
             f"step is {first}, on the training batch after it. Train longer, or measure earlier: "
             f"got every_n_steps={self.every_n_steps}, steps={self.steps}.",
         )
-
-    def require_reached(self, last: int) -> None:
-        """Raises `ConfigError` for single steps after the last step of training."""
-        require_reached("monitor.steps", steps_of(self.steps, last), last)
 
 
 def _check_steps(key: str, steps: Any) -> None:

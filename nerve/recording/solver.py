@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from nerve.errors import MeasurementError
-from nerve.measuring.distributed import Mailbox, gathered, in_turns, n_processes, rank
 from nerve.measuring.eigenproblem import FFNSpectra, GroupSpectrum
+from nerve.measuring.messages import Mailbox, gathered, in_turns
+from nerve.measuring.processes import n_processes, rank
 from nerve.recording.dispatch import Dispatch, Eigenproblem, Waiting
 
 log = logging.getLogger(__name__)
@@ -20,7 +21,7 @@ MOST_PENDING = 4
 """Number of measurements that may be pending; with one more, training waits for the oldest."""
 
 SHARE_OF_DEVICE = 8
-"""All but the newest may take 1/this of the device's memory."""
+"""All but the newest may take 1/`SHARE_OF_DEVICE` of the device's memory."""
 
 Labels = dict[str, Any]
 
@@ -210,9 +211,9 @@ class Solver:
                 return None
             spectra = in_turns([spectra, *(each[0] for each in others)])
             groups = in_turns([groups, *(each[1] for each in others)])
-            told = next((each[2] for each in others if each[2] is not None), None)
-            if error is None and told is not None:
-                error = MeasurementError(told)
+            message = next((each[2] for each in others if each[2] is not None), None)
+            if error is None and message is not None:
+                error = MeasurementError(message)
                 self._failed = self._failed or error
         self._parts.popleft()
         return Solved(labels, spectra, groups) if error is None else None
@@ -221,8 +222,8 @@ class Solver:
         """Raises for what could not be solved, in all processes, which must all call it."""
         failed, self._failed = self._failed, None
         if self._mail is not None:
-            told = gathered(None if failed is None else str(failed))
-            other = next((text for text in told if text is not None), None)
+            messages = gathered(None if failed is None else str(failed))
+            other = next((text for text in messages if text is not None), None)
             failed = MeasurementError(other) if failed is None and other is not None else failed
         if failed is not None:
             raise failed

@@ -41,7 +41,8 @@ class SpectraWriter:
     ) -> None:
         self.latest: list[dict[str, Any]] = []
         """The rows of the last measurement that was written."""
-        self._store = store
+        self.store = store
+        """Where rows go; may be set until the first measurement is written."""
         self._loggers = loggers
         self._spectra = spectra
 
@@ -49,16 +50,16 @@ class SpectraWriter:
         """Writes measurements as they come. Without a store it only iterates over them, which every
         process must do because the processes exchange data between them."""
         for measured in solved:
-            if self._store is None:
+            if self.store is None:
                 continue
             step = measured.labels["step"]
             self.latest = measured.rows
-            self._store.append_metrics(self.latest)
-            self._store.append_groups(measured.group_rows)
+            self.store.append_metrics(self.latest)
+            self.store.append_groups(measured.group_rows)
             for spectra in measured.spectra:
                 if self._stores(spectra):
-                    self._store.append_spectra(_spectra_rows(step, spectra))
-            self._store.flush(step)
+                    self.store.append_spectra(_spectra_rows(step, spectra))
+            self.store.flush(step)
             values = logged_values(self.latest)
             for logger in self._loggers if values else ():
                 logger.log_metrics(values, step)

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from nerve.derived import VERDICTS, describe_outliers
-from nerve.metric_names import SITES
+from nerve.sites_and_groups import SITES
 
 WINDOW_TEXTS = {
     "all": "all measured steps",
@@ -113,9 +113,9 @@ def sampled_rows(metrics: pd.DataFrame) -> list[str]:
     counts = _counts(metrics["sampling"])
     if metrics.empty or counts.get(VERDICTS[0], 0) == counts.sum():
         return []
-    told = ", ".join(f"{counts[each]:,} {each}" for each in VERDICTS if each in counts)
+    rated = ", ".join(f"{counts[each]:,} {each}" for each in VERDICTS if each in counts)
     return [
-        f"Sampling of {counts.sum():,} rows of metrics: {told}. The rating depends on how far PR "
+        f"Sampling of {counts.sum():,} rows of metrics: {rated}. The rating depends on how far PR "
         "moves when it is extrapolated from halves to infinitely many samples (well up to 5%, "
         "under up to 20%) or, if no halves were measured, on N/D (well from 8, under from 2). "
         "Fewer samples lower PR and SE and raise EEE; increase monitor.n_tokens for more samples."

@@ -23,7 +23,7 @@ from nerve.report.style import (
     key,
     new_figure,
     outside_legend,
-    plain,
+    plain_text,
     say_empty,
     short_name,
 )
@@ -78,7 +78,7 @@ def beside_nulls(
         given = correlations[f"given_{null}"]
         low, high = (correlations[f"given_{null}_{end}"] for end in ("low", "high"))
         _points(panel, given, rows, low, high, COLORS["pre"], with_bars=few)
-        panel.set_xlabel(f"partial r given {plain(names[null])}", fontsize=8)
+        panel.set_xlabel(f"partial r given {plain_text(names[null])}", fontsize=8)
         if given.isna().all():
             say_empty(panel, "no residual variation, or too few points")
     for panel in panels:
@@ -162,7 +162,8 @@ def contrasts(compared: pd.DataFrame, title: str) -> Figure:
     figure.set_size_inches(figure.get_figwidth() + 2.4, figure.get_figheight())
     settings = _differences(list(shown["where"]))
     labels = [
-        f"{plain(level)} − {plain(other)}" + (f"\n{plain(setting)}" if setting else "")
+        f"{plain_text(level)} − {plain_text(other)}"
+        + (f"\n{plain_text(setting)}" if setting else "")
         for level, other, setting in zip(shown["level"], shown["other"], settings, strict=True)
     ]
     for i, (panel, name) in enumerate(zip(panels, metrics, strict=False)):

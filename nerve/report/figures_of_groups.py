@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from nerve.analysis.groups import pr_column
-from nerve.metric_names import GROUP_SITES, GROUPS, POOLED, SITES, metric_of
+from nerve.metric_names import metric_of
 from nerve.report.figures_of_several_runs import layers_by_factor
 from nerve.report.style import (
     COLORS,
@@ -26,6 +26,7 @@ from nerve.report.style import (
     say_empty,
     scale_by_ratio,
 )
+from nerve.sites_and_groups import GROUP_SITES, GROUPINGS, POOLED, SITES
 
 SHOWN = ("se", "pr", "eee")
 """The metrics of the small multiples, one per row."""
@@ -50,7 +51,7 @@ position has few samples, so only its ratio to equally many others is meaningful
 def groups_by_depth(groups: pd.DataFrame, grouping: str, title: str) -> Figure:
     """SE, PR and EEE of the groups of one grouping, layer by layer: pre on the left, post on the
     right; gray, all samples together."""
-    names = [name for name in GROUPS[grouping] if name in set(groups["group"])]
+    names = [name for name in GROUPINGS[grouping] if name in set(groups["group"])]
     colors = dict(zip(names, LEVEL_COLORS, strict=False))
     figure, panels = new_figure(len(SHOWN), len(SITES), title, width=4.2, height=2.4)
     cells = [(metric, site) for metric in SHOWN for site in SITES]

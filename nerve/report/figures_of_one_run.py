@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from nerve.metric_names import SITES, Metric, shown_in
+from nerve.metric_names import Metric, shown_in
 from nerve.report.heat_map import heat_map
 from nerve.report.style import (
     COLORS,
@@ -24,11 +24,12 @@ from nerve.report.style import (
     name_axes,
     new_figure,
     outside_legend,
-    plain,
+    plain_text,
     say_empty,
     scale_by_ratio,
     spread,
 )
+from nerve.sites_and_groups import SITES
 
 MAX_LAYERS = 6
 MAX_RANKS = 240
@@ -173,7 +174,7 @@ def training(
     name_axes(panels[1], "step", "lr", "learning rate of the hidden weights")
     for panel, (name, rows) in zip(panels[2:], others, strict=False):
         panel.plot(rows["step"], rows["value"], color=LOSS_COLOR, marker=".")
-        name_axes(panel, "step", plain(name), plain(name))
+        name_axes(panel, "step", plain_text(name), plain_text(name))
     for panel in panels[n_panels:]:
         panel.remove()
     outside_legend(figure, entries)

@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from nerve.analysis.factors import levels_of, ordered_levels
-from nerve.metric_names import SITES, Place, columns_of, metric_of, shown_in
+from nerve.metric_names import View, columns_of, metric_of, shown_in
 from nerve.report.style import (
     DASHES,
     FLAGGED_COLOR,
@@ -30,18 +30,19 @@ from nerve.report.style import (
     name_axes,
     new_figure,
     outside_legend,
-    plain,
+    plain_text,
     say_empty,
     scale_by_ratio,
     short_name,
 )
+from nerve.sites_and_groups import SITES
 
 MAX_LINES = 40
 
 
-def _split(place: Place) -> tuple[list[str], list[str], list[str]]:
-    """The columns shown in a place: those of pre, those of post, and those without a site."""
-    metrics = shown_in(place)
+def _split(view: View) -> tuple[list[str], list[str], list[str]]:
+    """The columns shown in a view: those of pre, those of post, and those without a site."""
+    metrics = shown_in(view)
     pre, post = ([metric.at(site) for metric in metrics if metric.has_sites] for site in SITES)
     return pre, post, [metric.column for metric in metrics if not metric.has_sites]
 
@@ -76,7 +77,7 @@ def curves_by_factor(means: pd.DataFrame, factor: str, others: Sequence[str], ti
     figure, panels = _in_rows(2, len(CURVES), title)
     rows, entries = _styled(means, factor, others)
     _draw_lines(panels, CURVES, rows, "step")
-    outside_legend(figure, entries, plain(factor))
+    outside_legend(figure, entries, plain_text(factor))
     return figure
 
 
@@ -104,7 +105,7 @@ def layers_by_factor(
     _draw_lines(panels, names, rows, x, marker=".")
     for panel in panels:
         panel.xaxis.set_major_locator(MaxNLocator(integer=x == "layer"))
-    outside_legend(figure, entries, plain(factor))
+    outside_legend(figure, entries, plain_text(factor))
     return figure
 
 
@@ -146,7 +147,7 @@ def loss_against_metrics(
         panel.xaxis.set_major_locator(MaxNLocator(5))
     if factor:
         entries = level_keys(colors, marker="o", linestyle="none", markersize=4)
-        outside_legend(figure, entries, plain(factor))
+        outside_legend(figure, entries, plain_text(factor))
     return figure
 
 
@@ -179,7 +180,8 @@ def _styled(
     if 1 < len(combinations) <= len(DASHES):
         dashes = dict(zip(combinations, DASHES, strict=False))
         entries += [
-            key(plain(text), color=FLAGGED_COLOR, linestyle=dash) for text, dash in dashes.items()
+            key(plain_text(text), color=FLAGGED_COLOR, linestyle=dash)
+            for text, dash in dashes.items()
         ]
     styled = rows.assign(
         design=design,

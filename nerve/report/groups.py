@@ -7,9 +7,9 @@ import pandas as pd
 
 from nerve.analysis.groups import contrast_groups, pr_column
 from nerve.analysis.sampling import sampling_error
-from nerve.metric_names import AROUND, GROUPS, POOLED, SITES
 from nerve.report import figures_of_groups
 from nerve.report.content import Drawing, Table, known
+from nerve.sites_and_groups import AROUND, GROUPINGS, POOLED, SITES
 
 _ABOUT = {
     "position": "0: the first position of each sequence; q1 to q4: four equal parts of the "
@@ -61,7 +61,7 @@ def group_drawings(ffn: str, groups: pd.DataFrame, run_id: str) -> list[Drawing]
                 f"run {run_id}{named}, {step}: by {grouping}",
             ),
         )
-        for grouping in GROUPS
+        for grouping in GROUPINGS
         if (groups["grouping"] == grouping).any()
     ]
     if not set(groups["site"]) <= {*SITES}:

@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 
 from nerve.config import require, require_choice
 from nerve.errors import ConfigError
-from nerve.metric_names import CATALOG, SITES, metric_of
-from nerve.report.style import COLORS, LOSS_COLOR, key, panel_columns, plain
+from nerve.metric_names import CATALOG, metric_of
+from nerve.report.style import COLORS, LOSS_COLOR, key, panel_columns, plain_text
+from nerve.sites_and_groups import SITES
 from nerve.storage.find import AnyPath
 
 PLACES = ("step", "layer", "val_loss")
@@ -80,7 +81,7 @@ def mark(figure: Figure, reference: pd.DataFrame) -> Figure:
             used[row["label"]] = styles[row["label"]]
     if used:
         entries = [
-            key(plain(label), color=LOSS_COLOR, marker=marker, linestyle=LINE, linewidth=1)
+            key(plain_text(label), color=LOSS_COLOR, marker=marker, linestyle=LINE, linewidth=1)
             for label, marker in used.items()
         ]
         _add_legend(figure, entries)

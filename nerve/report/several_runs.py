@@ -164,7 +164,7 @@ def _drawings(
     for ffn in means["ffn"].unique():
         own = [frame[frame["ffn"] == ffn] for frame in (means, layers, designs, rows)]
         its_means, _, its_designs, its_rows = own
-        # Of Mixers beside GPTs, some factors have one level.
+        # If there are Mixers and GPTs, a factor may have only one level in one of them.
         varied = [name for name in shown if levels_of(its_means[name]).nunique() > 1] or shown[:1]
         across = compared.across_designs
         across = across[across["ffn"] == ffn]

@@ -16,7 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from nerve.analysis.factors import is_number, level_text
-from nerve.metric_names import SITES, metric_of
+from nerve.metric_names import metric_of
+from nerve.sites_and_groups import SITES
 
 T = TypeVar("T")
 
@@ -71,7 +72,7 @@ def one_line(text: object, max_length: int = MAX_TEXT) -> str:
     return line if len(line) <= max_length else f"{line[: max_length - 1]}…"
 
 
-def plain(text: object, max_length: int = MAX_TEXT) -> str:
+def plain_text(text: object, max_length: int = MAX_TEXT) -> str:
     """Text of a run as one short line that matplotlib does not interpret as mathematics."""
     return one_line(text, max_length).replace("$", r"\$")
 
@@ -87,7 +88,7 @@ def new_figure(
 ) -> tuple[Figure, list[Axes]]:
     """A figure with room for its legend, and its panels row by row; sizes are inches per panel."""
     figure = Figure(figsize=(width * n_columns, height * n_rows + 0.9), layout="constrained")
-    figure.suptitle(plain(title, MAX_TITLE), fontsize=10)
+    figure.suptitle(plain_text(title, MAX_TITLE), fontsize=10)
     panels = [figure.add_subplot(n_rows, n_columns, i + 1) for i in range(n_rows * n_columns)]
     for panel in panels:
         panel.tick_params(labelsize=7)
@@ -171,4 +172,4 @@ def level_keys(colors: dict[str, Any], **style: Any) -> list[Line2D]:
     texts = list(colors)
     if len(texts) > MAX_LEGEND:
         texts = spread(texts, MAX_LEGEND)
-    return [key(plain(text), color=colors[text], **style) for text in texts]
+    return [key(plain_text(text), color=colors[text], **style) for text in texts]

@@ -90,7 +90,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def folder_of(paths: Sequence[AnyPath], output: AnyPath | None = None) -> Path:
-    """The folder into which `write_report` writes, with these arguments of it."""
+    """The folder into which `write_report` writes if it gets these arguments."""
     if output is not None:
         return Path(output)
     beside = Path(paths[0]).resolve().parent if paths else Path()  # without a path, gather raises
@@ -114,7 +114,7 @@ def gather(
     roots = _listed(paths)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        # Only training by nerve-run logs scalars: of another run their absence says nothing.
+        # Only training by nerve-run logs scalars; for other runs, their absence means nothing.
         warnings.filterwarnings("ignore", "Runs without scalars", IncompleteWarning)
         progress("reading runs", 0, 3)
         runs = Runs(roots)
@@ -228,7 +228,9 @@ def _save_table(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
             clean[name] = _one_type(clean[name])
     clean.columns = [_text(str(name)) for name in clean.columns]
     clean.to_csv(path.with_name(f"{path.name}.csv"), index=False)
-    clean.to_parquet(path.with_name(f"{path.name}.parquet"), index=False, compression="zstd")
+    # pandas refuses the name of a file whose bytes are not valid UTF-8.
+    with open(path.with_name(f"{path.name}.parquet"), "wb") as file:
+        clean.to_parquet(file, index=False, compression="zstd")
     return clean
 
 

@@ -38,8 +38,8 @@ class StreamingCovariance:
     a few 1e-6 for `float32` and `float16x2`, and 1e-15 for `float64`. For `bfloat16` it is relative
     to the whole variance, so entries of columns far smaller than the largest one can be inaccurate.
     No update records an autograd graph. Only updates with a mask, or with the product `bfloat16`,
-    wait for the device: it multiplies uncentered features, and `float16x2` is used instead if the
-    mean is too large for that.
+    wait for the device. That product multiplies uncentered features; if their mean is too large for
+    it, `float16x2` is used instead.
 
     Args:
         dim: number of features.

@@ -104,8 +104,8 @@ def mirrored(lower: Float64[Tensor, "dim dim"]) -> Float64[Tensor, "dim dim"]:
 def _without_negatives(
     values: Float64[Tensor, "*batch dim"], trace: Float64[Tensor, "*batch"]
 ) -> Float64[Tensor, "*batch dim"]:
-    """`values`, where negative ones are 0 if they can be rounding; otherwise raises
-    `MeasurementError`."""
+    """`values`, with 0 in place of negative ones that rounding can explain; raises
+    `MeasurementError` for others."""
     if (values < -NEGATIVE_TOLERANCE * trace.abs()[..., None]).any():
         relative = (values / trace.abs()[..., None]).amin().item()
         raise MeasurementError(

@@ -16,7 +16,7 @@ def log_participation_ratio(
     C is the covariance. The matrices YᵀY and YYᵀ of the centered samples have the same nonzero
     eigenvalues, so the smaller one is used. It costs two products, one for the value and one for
     the gradient: in bfloat16 with sums in float32 for 16-bit features, otherwise in their own
-    dtype, whatever autocast says.
+    dtype, regardless of autocast.
 
     The value is in [0, log dim] and does not depend on the scale of the features. Only the samples
     that are used have a gradient; that of the others is 0. If the spectrum is flat or has one
@@ -35,9 +35,9 @@ def log_participation_ratio(
 def evenly(n: int, n_taken: int, device: torch.device | None = None) -> Int64[Tensor, " n_taken"]:
     """`n_taken` different numbers below `n`, or all of them: the multiples of a step modulo `n`.
 
-    Any consecutive ones are spread evenly over all samples, and over the positions in sequences
-    whose length divides `n`. The step is the number nearest to `n` times the golden ratio that has
-    no factor in common with `n`.
+    Any run of consecutive ones is spread evenly over all samples and, in sequences whose length
+    divides `n`, over the positions. The step is the number nearest to `n` times the golden ratio
+    that has no factor in common with `n`.
     """
     golden = round(n * (5**0.5 - 1) / 2)
     steps = (golden + sign * offset for offset in range(n) for sign in (1, -1))

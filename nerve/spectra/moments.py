@@ -59,7 +59,7 @@ class Spread:
             and all_squares < _LARGEST_TOTAL
         )
 
-    def is_left_by_rounding(self, dtype: torch.dtype) -> bool:
+    def rounding_is_negligible(self, dtype: torch.dtype) -> bool:
         """Whether rounding the samples to `dtype` contributes at most 5e-5 of their variance.
 
         For normal and for skewed data, it contributes about `eps^2 / 22` of the mean square (less
@@ -93,7 +93,7 @@ def square_distances(
     if not len(x):
         return mean.new_zeros(0)
     if x.dtype != torch.float64 and has_kernels(x.device):
-        from nerve.spectra import kernels  # not everywhere is triton
+        from nerve.spectra import kernels  # triton is not available everywhere
 
         return kernels.square_distances(x, mean)
     center = mean.to(torch.promote_types(x.dtype, torch.float32))
@@ -135,7 +135,7 @@ def prepare_centered(device: torch.device) -> None:
     """Compiles and loads the kernels of centered products of bfloat16 features; waits for them.
 
     Such features need them only once their mean is large. Compiling takes seconds, so it should
-    happen beside training, in a thread of its own: it uses a stream of its own and changes no
+    happen while training goes on, in a separate thread: it uses a stream of its own and changes no
     setting. `device` must have kernels (`has_kernels`).
     """
     stream = torch.cuda.Stream(device)
@@ -194,7 +194,8 @@ def _shift_and_scale(
     # A dead column must have no variance at all: rounding may push the mean of equal values off
     # their value, but not past the extremes.
     shift = mean.clamp(low, high)
-    # Of a constant column nothing is left, unless a scale makes it overflow before it is shifted.
+    # A constant column, which becomes 0, gets a scale that cannot make it overflow before the
+    # shift.
     extent = torch.nn.functional.threshold(high.double() - low.double(), 0.0, 2.0**127)
     exponent = torch.frexp(extent).exponent.clamp(-100, 128)
     return shift, torch.pow(2.0, _SCALED_EXPONENT - exponent).to(dtype)

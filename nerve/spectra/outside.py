@@ -12,7 +12,7 @@ from nerve.spectra.eigenvalues import centered, mirrored
 from nerve.spectra.triangle import lower_blocks
 
 _ROUNDING = 4 * torch.finfo(torch.float32).eps
-"""Singular values of columns of unit length below this share of the largest are rounding."""
+"""Singular values below this share of the largest, for columns of unit length, are rounding."""
 
 _CLEARLY_INDEPENDENT = 1e-3
 """If each column of unit length is farther than this from the span of the previous ones, the

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 LEAST_SEQUENCES = 8
-"""A position counts if at least this many sequences reach it; fewer are only single samples."""
+"""A position counts if at least this many sequences reach it; fewer say little about a position."""
 
 _ROWS, _ROWS_OF_16_BITS = 8192, 32_768
 """Samples that are summed at a time, those of 16 bits in float32."""
@@ -22,8 +22,8 @@ class Positions:
     """The sums of the samples at each position, and of their squared distances, over any number of
     updates.
 
-    Squared distances from any mean follow from those from another one. They are kept for the latest
-    mean, because computing them for a mean that is close by loses no digits.
+    Squared distances from one mean follow from those from another. They are kept for the latest
+    mean, because converting them to a nearby mean loses no digits.
     """
 
     def __init__(self) -> None:
@@ -91,7 +91,8 @@ class Padding(NamedTuple):
         mask: True for the samples that count, by column.
         counts: the same by position.
         rows: the index of the sample at each position among all samples; None if positions are
-            columns. After the end of a sequence it is that of any sample, which does not count.
+            columns. After the end of a sequence, it is the index of some sample, which does not
+            count.
     """
 
     mask: Bool[Tensor, "sequences positions"]

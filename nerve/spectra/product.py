@@ -101,7 +101,7 @@ def _add_float32_product(total: Float64[Tensor, "dim dim"], y: Float32[Tensor, "
 
 def _add_bfloat16_product(total: Float64[Tensor, "dim dim"], y: Float[Tensor, "n dim"]) -> None:
     if has_kernels(y.device):
-        from nerve.spectra import kernels  # not everywhere is triton
+        from nerve.spectra import kernels  # triton is not available everywhere
 
         kernels.add_lower_products(total, [(y, y)], _BFLOAT16_TERMS)
         return
@@ -111,11 +111,11 @@ def _add_bfloat16_product(total: Float64[Tensor, "dim dim"], y: Float[Tensor, "n
 
 
 _BFLOAT16_TERMS, _FLOAT16_TERMS = 512, 256
-"""Products that tensor cores sum on their own: the more digits they have, the fewer; see
+"""Number of products that tensor cores sum without help: fewer for products with more digits; see
 `_tensor_core_matmul`."""
 
 _LEAST_CAPABILITY = (8, 0)
-"""Tensor cores multiply bfloat16 from this compute capability on."""
+"""The lowest compute capability whose tensor cores multiply bfloat16."""
 
 
 @cache
@@ -125,7 +125,7 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 
 @cache
 def has_kernels(device: torch.device) -> bool:
-    """Whether `device` runs those of `nerve.spectra.kernels`."""
+    """Whether `device` can run the kernels of `nerve.spectra.kernels`."""
     return (
         device.type == "cuda"
         and torch.version.cuda is not None
@@ -142,7 +142,7 @@ def _add_float16x2_product(total: Float64[Tensor, "dim dim"], y: Float32[Tensor,
     high = y.half()
     low = (y - high).half()
     if has_kernels(y.device):
-        from nerve.spectra import kernels  # not everywhere is triton
+        from nerve.spectra import kernels  # triton is not available everywhere
 
         pairs = [(high, high), (high, low), (low, high)]
         kernels.add_lower_products(total, pairs, _FLOAT16_TERMS)
@@ -157,9 +157,9 @@ def _add_float16x2_product(total: Float64[Tensor, "dim dim"], y: Float32[Tensor,
 def _tensor_core_matmul(n_terms: int) -> Callable[[Tensor, Tensor], Tensor]:
     """A product of 16-bit matrices, whose products are exact in float32, summed in float32.
 
-    Tensor cores truncate as they sum, so that all sums come out too small by a share that grows
-    with the number of terms; with 1,024 it moves SE by up to 2e-5. Pieces of `n_terms` are summed
-    on their own, and added up with rounding to nearest.
+    Tensor cores truncate as they sum, so all sums are too small by a share that grows with the
+    number of terms; with 1,024 terms it changes SE by up to 2e-5. Therefore, pieces of `n_terms`
+    are summed separately, and their sums are added with rounding to nearest.
     """
 
     def matmul(
@@ -179,7 +179,7 @@ def _tensor_core_matmul(n_terms: int) -> Callable[[Tensor, Tensor], Tensor]:
 def _batched_matmul(
     a: Float[Tensor, "batch rows n"], b: Float[Tensor, "batch n columns"]
 ) -> Float32[Tensor, "batch rows columns"]:
-    """In float32; CUDA has it built in for 16-bit matrices."""
+    """The product in float32, which CUDA computes directly from 16-bit matrices."""
     if a.device.type == "cuda":
         return torch.bmm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()

@@ -31,7 +31,7 @@ class Shares(NamedTuple):
 
     Attributes:
         mean: the mean's share of the second moment, `N |mean|^2 / sum |x|^2`, in [0, 1]; 1 where
-            all samples are one vector, which centered spectra cannot see.
+            all samples are the same vector, which centered spectra cannot show.
         largest: the share of the variance that the sample farthest from the mean accounts for,
             `max |x - mean|^2 / sum |x - mean|^2`, in [1/N, 1 - 1/N].
         top: that of the farthest 0.1% of the samples, their number rounded up.
@@ -82,7 +82,7 @@ class SampleShares:
 
     Takes a sixteenth of the memory of a covariance of bfloat16 features, and for each sequence
     position the sum of its samples (float64 `[positions, dim]`). Only updates with a mask wait for
-    the device. Small models are limited by the host, which launches the kernels: so the first
+    the device. With small models, the host's launches of kernels take the time; therefore the first
     update moves and merges nothing, and `shares_of` reads many instances at once.
 
     Args:
@@ -107,7 +107,8 @@ class SampleShares:
 
     @property
     def mean(self) -> Float64[Tensor, " dim"]:
-        """The mean of the samples so far, a tensor that nothing changes; zeros before the first."""
+        """The mean of the samples so far, a tensor that is never modified; zeros before the first
+        one."""
         if self._mean is None:
             self._mean = torch.zeros(self.dim, dtype=torch.float64, device=self.device)
         return self._mean

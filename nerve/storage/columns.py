@@ -1,4 +1,4 @@
-"""The columns that the leaves of a configuration become: each of them has one of its own."""
+"""The columns of a configuration: one for each of its leaves."""
 
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ RECORDED_GROUPS = ("final", "fingerprints", "versions", "job", "pre_scales")
 
 
 def require_distinct(config: Mapping[Any, Any], recorded: Collection[str]) -> None:
-    """Refuses a configuration of which a value would take the place of another one.
+    """Refuses a configuration in which a value would take the place of another one.
 
     Args:
         recorded: the fields of a record.

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from nerve.config import require_choice
 from nerve.errors import StoreError
 from nerve.storage.identity import differences
-from nerve.storage.record import RECORD_NAME, NoRecordError, RunRecord, lost_record
+from nerve.storage.record import RunRecord
+from nerve.storage.record_file import RECORD_NAME, NoRecordError, lost_record
 from nerve.storage.state import FRESH, LOCK_NAME, RunIsBusyError, RunLock, RunState, is_locked
 
 if TYPE_CHECKING:
@@ -34,6 +35,12 @@ class RunDirectory:
     Args:
         path: path of the directory.
     """
+
+    ANOTHER = "another directory"
+    """What a user can choose; a subclass says how. For messages."""
+
+    RETRY = "retry=True"
+    """How a user asks for a failed run to be restarted. For messages."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -70,7 +77,7 @@ class RunDirectory:
             return RunState.ALIVE if locked else RunState.NEW
         if record.run_status == "done":
             return RunState.DONE
-        if locked or (_is_untold(record, locked) and abs(_age(record)) < FRESH):
+        if locked or (_lock_is_inconclusive(record, locked) and abs(_age(record)) < FRESH):
             return RunState.ALIVE
         return RunState.DEAD if record.run_status == "running" else RunState(record.run_status)
 
@@ -135,14 +142,14 @@ class RunDirectory:
         """
         if self.record is None:
             return self.create(config, job=job, **first)
-        record = self._heard_out(self.record)
+        record = self._wait_until_surely_idle(self.record)
         self.require_same(config)
         if record.run_status == "failed" and not retry:
             error = ": ".join((record.error or {}).values())
             raise StoreError(
-                f"A failed run is only restarted with retry=true; {self.path} holds run "
+                f"A failed run is only restarted with {self.RETRY}; {self.path} holds run "
                 f"{record.run_id}, which failed with {error or 'an error'}. Fix the cause and add "
-                "retry=true, or choose another directory with hydra.run.dir=…."
+                f"{self.RETRY}, or choose {self.ANOTHER}."
             )
         if record.run_status != "done":
             record.restart(config=dict(config), job=job)
@@ -175,8 +182,7 @@ class RunDirectory:
             raise StoreError(
                 f"A directory can hold only one run; {self.path} holds run {record.run_id} "
                 f"({record.run_status}) with other values of {', '.join(shown[:SHOWN])}{more}. "
-                "Choose another directory with hydra.run.dir=… (for a sweep, hydra.sweep.dir=…), "
-                "or delete that one."
+                f"Choose {self.ANOTHER}, or delete that one."
             )
 
     def store(self) -> "RunStore":
@@ -220,14 +226,14 @@ class RunDirectory:
                 raise lost_record(last, self.path / RECORD_NAME) from None
             return None
 
-    def _heard_out(self, record: RunRecord) -> RunRecord:
+    def _wait_until_surely_idle(self, record: RunRecord) -> RunRecord:
         """The record, once it is certain that no other process writes it.
 
         That is the case once its heartbeat is old, or has not changed for a minute of this host's
         clock, which may differ from that of the host that wrote it.
         """
         first, until = record.heartbeat, time.monotonic() + FRESH.total_seconds()
-        while _is_untold(record, self._look()[0]) and _age(record) < FRESH:
+        while _lock_is_inconclusive(record, self._look()[0]) and _age(record) < FRESH:
             if record.heartbeat != first:
                 raise RunIsBusyError(
                     f"Only one process may run in a directory; {self.path} is in use on host "
@@ -241,7 +247,7 @@ class RunDirectory:
         return record
 
 
-def _is_untold(record: RunRecord, locked: bool | None) -> bool:
+def _lock_is_inconclusive(record: RunRecord, locked: bool | None) -> bool:
     """Whether a lock on this host says nothing about a running run."""
     if record.run_status != "running":
         return False

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from nerve.errors import StoreError, warn_caller
-from nerve.storage.record import (
+from nerve.storage.record import RunRecord
+from nerve.storage.record_file import (
     RECORD_NAME,
     DamagedRecordError,
     DamagedRecordWarning,
-    RunRecord,
     left_by_a_run,
 )
 
@@ -53,7 +53,7 @@ def find_runs(path: AnyPath | Iterable[AnyPath]) -> list[Path]:
         raise StoreError(
             f"A run directory contains {RECORD_NAME}; none was found under "
             f"{', '.join(map(str, roots)) or 'no path'}. Pass the directory to which runs were "
-            "written (hydra.run.dir, hydra.sweep.dir)."
+            "written."
         )
     return runs
 

@@ -25,8 +25,8 @@ EXCLUDED = (
     "trainer.logger",
 )
 """Dotted keys of nerve-run, including all keys below them, that affect where or how fast a run
-executes, but not its result. They are ignored in any configuration, even if nerve-run did not write
-it."""
+executes, but not its result. In a configuration that nerve-run did not write, such as one given to
+`nerve.watch`, the same names may mean something else, so there they count."""
 
 ADDED: dict[str, Any] = {
     "data.corpus.separator": None,
@@ -44,9 +44,19 @@ ADDED: dict[str, Any] = {
 """Dotted keys that were added to nerve-run after version 0.1.0, each with the value that
 corresponds to the earlier behavior. A key with that value, and all keys below it, is ignored, so
 that earlier runs keep their ids. A key without such a value must not be listed here: it makes
-earlier runs different ones."""
+earlier runs different ones. In a configuration that nerve-run did not write, only the keys of
+`monitor` are ignored: `nerve.watch` and `nerve.SpectralCallback` record the same settings there."""
 
-GROUPS = ("model", "normalization", "activation", "ffn", "optimizer", "data", "monitor", "trainer")
+ORIGINAL_GROUPS = (
+    "model",
+    "normalization",
+    "activation",
+    "ffn",
+    "optimizer",
+    "data",
+    "monitor",
+    "trainer",
+)
 """Keys that every configuration of nerve-run has had since the first version."""
 
 BESIDE: dict[str, tuple[str, str | None]] = {
@@ -65,8 +75,9 @@ _ADDED_KEYS = [key for key in ADDED if "." not in key]
 def config_id(config: Mapping[str, Any]) -> str:
     """Twelve hex digits that are equal for configurations that define the same result.
 
-    The SHA-256 hash of the canonical JSON of `config` without the `EXCLUDED` keys and without the
-    `ADDED` keys that change nothing. Only the last name of a `_target_` counts, not its module.
+    The SHA-256 hash of the canonical JSON of `config` without what says nothing about the result:
+    the `EXCLUDED` keys of nerve-run, and `ADDED` keys with their earlier value. Only the last name
+    of a `_target_` counts, not its module.
     Neither the order of keys nor writing 1 as 1.0 changes the hash; `true` and 1, or `"1"` and 1,
     are different. It stays the same when a configuration is written to run.json and read again.
     """
@@ -100,9 +111,9 @@ class Canonical(NamedTuple):
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Canonical":
         """That of a configuration of JSON values and numbers."""
-        found = cls([], [], [])
+        found, is_ours = cls([], [], []), is_of_nerve_run(config)
         for key in sorted(config):
-            text, entry = _known(key, config[key])
+            text, entry = _known(key, config[key], is_ours)
             found.texts.append(text)
             if entry:
                 found.entries.append(entry)
@@ -122,13 +133,16 @@ class Canonical(NamedTuple):
 
 def differences(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """The dotted keys that enter `config_id` and differ, sorted by name."""
-    mine, its = (_leaves(_canonical(to_json(each), ""), "") for each in (config, other))
+    mine, its = (
+        _leaves(_canonical(to_json(each), "", is_of_nerve_run(each)), "")
+        for each in (config, other)
+    )
     return sorted(key for key in mine | its if mine.get(key) != its.get(key))
 
 
 def is_of_nerve_run(config: Mapping[str, Any]) -> bool:
     """Whether nerve-run wrote a configuration."""
-    return all(isinstance(config.get(group), _MAPPINGS) for group in GROUPS)
+    return all(isinstance(config.get(group), _MAPPINGS) for group in ORIGINAL_GROUPS)
 
 
 def completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -166,25 +180,32 @@ def new_run_id() -> str:
     return secrets.token_hex(8)
 
 
-def _canonical(value: Any, path: str) -> Any:
-    """The part of the JSON `value` at the dotted key `path` that enters the hash."""
+def _canonical(value: Any, path: str, is_ours: bool) -> Any:
+    """The part of the JSON `value` at the dotted key `path` that enters the hash; `is_ours` says
+    whether nerve-run wrote the configuration."""
     if isinstance(value, dict):
         counted = {}
         for key, item in value.items():
             dotted = f"{path}.{key}" if path else key
-            if dotted in EXCLUDED:
+            if is_ours and dotted in EXCLUDED:
                 continue
-            canonical = _canonical(item, dotted)
-            if dotted in ADDED and canonical_json(canonical) == canonical_json(
-                _canonical(ADDED[dotted], dotted)
-            ):
+            canonical = _canonical(item, dotted, is_ours)
+            if (is_ours or path == "monitor") and _is_as_before(dotted, canonical):
                 continue
             is_target = key == "_target_" and isinstance(item, str)
             counted[key] = _name(item) if is_target else canonical
         return counted
     if isinstance(value, list):
-        return [_canonical(item, path) for item in value]
+        return [_canonical(item, path, is_ours) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _is_as_before(dotted: str, canonical: Any) -> bool:
+    """Whether this is a key of `ADDED` with the value that corresponds to the earlier behavior."""
+    if dotted not in ADDED:
+        return False
+    before = _canonical(ADDED[dotted], dotted, is_ours=True)
+    return canonical_json(canonical) == canonical_json(before)
 
 
 def _at(config: Mapping[str, Any], groups: Iterable[str]) -> Mapping[str, Any]:
@@ -212,18 +233,19 @@ def _digest(entries: Iterable[str]) -> str:
     return hashlib.sha256(f"{{{','.join(entries)}}}".encode()).hexdigest()[:12]
 
 
-_KNOWN: dict[tuple[str, bytes | str], tuple[str, str]] = {}
+_KNOWN: dict[tuple[str, bytes | str, bool], tuple[str, str]] = {}
 """A cache by key and content: in ten thousand runs, most groups repeat."""
 _MOST_KNOWN = 4096
 
 
-def _known(key: str, value: Any) -> tuple[str, str]:
+def _known(key: str, value: Any, is_ours: bool) -> tuple[str, str]:
     """The canonical JSON of a top-level key of a configuration and its value, and that which enters
-    the hash; the latter is empty if the key does not enter it."""
-    name = key, content_of(value)
+    the hash; the latter is empty if the key does not enter it. `is_ours` says whether nerve-run
+    wrote the configuration."""
+    name = key, content_of(value), is_ours
     known = _KNOWN.get(name)
     if known is None:
-        canonical = _canonical(to_json({key: value}), "")
+        canonical = _canonical(to_json({key: value}), "", is_ours)
         known = canonical_json({key: value})[1:-1], canonical_json(canonical)[1:-1]
         if len(_KNOWN) >= _MOST_KNOWN:
             _KNOWN.clear()

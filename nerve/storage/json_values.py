@@ -10,7 +10,7 @@ NON_FINITE = {str(number): number for number in (math.inf, -math.inf, math.nan)}
 
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-"""In the text of a function, or of an object whose class does not say how to write it."""
+"""The address in the text of a function, or of an object whose class does not define its text."""
 
 
 def to_json(

@@ -41,7 +41,7 @@ KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
         lambda value: isinstance(value, str),
         ("separator_token", "stopped_by", "warning"),
     ),
-    ("an ISO 8601 time with a time zone", _is_time, ("started", "heartbeat", "ended")),
+    ("an ISO 8601 time with a time zone", _is_time, ("started", "heartbeat", "advanced", "ended")),
     (
         "a whole number",
         lambda value: isinstance(value, int) and not isinstance(value, bool),
@@ -65,7 +65,7 @@ KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
 """The type of each field's JSON value; the fields in `OPTIONAL` may be None."""
 
 OPTIONAL = (
-    *("sweep", "git_commit", "host", "device", "ended", "seed", "n_parameters"),
+    *("sweep", "git_commit", "host", "device", "advanced", "ended", "seed", "n_parameters"),
     *("unigram_loss", "job", "error", "wandb_id"),
     *("separator_token", "stopped_by", "warning"),
 )

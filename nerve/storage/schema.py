@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nerve.errors import StoreError
-from nerve.metric_names import GROUP_SITES, GROUPED, SITES, STORED
+from nerve.metric_names import DERIVED, GROUPED, STORED
+from nerve.sites_and_groups import GROUP_SITES, SITES
 
 SCHEMA_VERSION = 2
 """Stored in each part. Version 2 added `variance_outside` to `position_ratio_post`."""
@@ -32,7 +33,7 @@ def _measured(*names: str) -> list[pa.Field]:
     return [pa.field(name, pa.float64()) for name in names]
 
 
-METRICS = _schema(
+METRICS_SCHEMA = _schema(
     _always("run_id", pa.string()),
     _always("step", pa.int64()),
     _always("tokens_seen", pa.int64()),
@@ -65,7 +66,7 @@ What the spectrum alone cannot show, all but the last of it shares in [0, 1]:
   without positions.
 """
 
-SPECTRA = _schema(
+SPECTRA_SCHEMA = _schema(
     _always("run_id", pa.string()),
     _always("step", pa.int64()),
     _always("layer", pa.int16()),
@@ -76,7 +77,7 @@ SPECTRA = _schema(
 )
 """One row per measured FFN, step and site (pre | post)."""
 
-SCALARS = _schema(
+SCALARS_SCHEMA = _schema(
     _always("run_id", pa.string()),
     _always("step", pa.int64()),
     _always("name", pa.string()),
@@ -85,7 +86,7 @@ SCALARS = _schema(
 """One row per logged value."""
 
 
-GROUPS = _schema(
+GROUPS_SCHEMA = _schema(
     _always("run_id", pa.string()),
     _always("step", pa.int64()),
     _always("layer", pa.int16()),
@@ -123,13 +124,21 @@ class Dataset:
     is_optional: bool = False
 
 
+METRIC_COLUMNS = frozenset(
+    (*METRICS_SCHEMA.names, *DERIVED, "outliers", "sampling", "n_damaged_parts")
+)
+"""The columns of `nerve.load_metrics` without those of the run; no factor can have their names."""
+
+
 DATASETS = {
-    "metrics": Dataset("metrics", METRICS, ("run_id", "step", "layer", "ffn")),
-    "spectra": Dataset("spectra", SPECTRA, ("run_id", "step", "layer", "ffn", "site"), SITES),
-    "scalars": Dataset("scalars", SCALARS, ("run_id", "step", "name")),
+    "metrics": Dataset("metrics", METRICS_SCHEMA, ("run_id", "step", "layer", "ffn")),
+    "spectra": Dataset(
+        "spectra", SPECTRA_SCHEMA, ("run_id", "step", "layer", "ffn", "site"), SITES
+    ),
+    "scalars": Dataset("scalars", SCALARS_SCHEMA, ("run_id", "step", "name")),
     "groups": Dataset(
         "groups",
-        GROUPS,
+        GROUPS_SCHEMA,
         ("run_id", "step", "layer", "ffn", "site", "grouping", "group"),
         GROUP_SITES,
         is_optional=True,

@@ -80,8 +80,8 @@ class RunStore:
         _warn_of_columns(self.directory)
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Buffers rows of `METRICS`, one mapping per row; `run_id` and nullable columns may be
-        omitted.
+        """Buffers rows of the `metrics` dataset, one mapping per row; `run_id` and nullable columns
+        may be omitted.
 
         Raises:
             StoreError: for an unknown or missing column or a value of the wrong type; none of
@@ -90,15 +90,15 @@ class RunStore:
         self._append("metrics", rows)
 
     def append_spectra(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Buffers rows of `SPECTRA`; `eigenvalues` is a 1-D array or sequence. Raises as above."""
+        """Buffers rows of `spectra`; `eigenvalues` is a 1-D array or sequence. Raises as above."""
         self._append("spectra", rows)
 
     def append_scalars(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Buffers rows of `SCALARS`. Raises as above."""
+        """Buffers rows of `scalars`. Raises as above."""
         self._append("scalars", rows)
 
     def append_groups(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Buffers rows of `GROUPS`. Raises as above."""
+        """Buffers rows of `groups`. Raises as above."""
         self._append("groups", rows)
 
     def flush(self, step: int) -> None:

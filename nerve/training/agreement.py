@@ -2,7 +2,8 @@
 
 import time
 
-from nerve.measuring.distributed import gathered, n_processes
+from nerve.measuring.messages import gathered
+from nerve.measuring.processes import n_processes
 
 DECIDES_WITHIN_S = 1.0
 """About how long a wish waits until it is heard: the time between two exchanges."""

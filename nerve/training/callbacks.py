@@ -2,19 +2,14 @@
 
 import math
 import sys
-import threading
 import time
-from contextlib import suppress
-from typing import Any, Self
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from nerve.errors import StoreError
-from nerve.storage.record import RunRecord
-
-INTERVAL_S = 10.0
+from nerve.recording.heartbeat import Heartbeat
 
 SHOWN_EVERY_S = 0.25
 """How often a terminal shows the loss, because reading it waits for the device."""
@@ -27,71 +22,24 @@ def let_go(callback: L.Callback) -> None:
         vars(callback).pop(name, None)
 
 
-class Heartbeat(L.Callback):
-    """Writes the step and the time to run.json at least every ten seconds, from a thread while no
-    training step does it.
-
-    It is active during a fit, and inside a `with` block around one: preparing data, compiling a
-    graph and long validations take minutes, during which the run must not appear dead.
+class StepNotes(L.Callback):
+    """Tells the heartbeat of a run the step that training has reached.
 
     Args:
-        record: the run's record.
+        heartbeat: that of the run.
     """
 
-    def __init__(self, record: RunRecord) -> None:
-        self._record = record
-        self._last = -math.inf
-        self._ended: threading.Event | None = None
-        self._thread: threading.Thread | None = None
-        self._is_of_fit = False
-
-    def __enter__(self) -> Self:
-        self._ended = threading.Event()
-        self._thread = threading.Thread(
-            target=self._beat, args=(self._ended,), name="heartbeat", daemon=True
-        )
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._thread is not None and self._ended is not None:
-            self._ended.set()
-            self._thread.join()
-            self._thread = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_ended": None, "_thread": None}
-
-    def setup(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        if trainer.is_global_zero and self._thread is None:
-            self._is_of_fit = True
-            self.__enter__()
+    def __init__(self, heartbeat: Heartbeat) -> None:
+        self._heartbeat = heartbeat
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        now = time.monotonic()
-        if trainer.is_global_zero and now - self._last >= INTERVAL_S:
-            self._last = now
-            self._record.update(step=trainer.global_step)  # every update is a heartbeat
+        self._heartbeat.note_step(trainer.global_step)
 
     def on_exception(self, *args: Any, **kwargs: Any) -> None:
-        self._end_of_fit()
+        let_go(self)
 
     def teardown(self, *args: Any, **kwargs: Any) -> None:
-        self._end_of_fit()
-
-    def _end_of_fit(self) -> None:
         let_go(self)
-        if self._is_of_fit:
-            self._is_of_fit = False
-            self.__exit__()
-
-    def _beat(self, ended: threading.Event) -> None:
-        while not ended.wait(INTERVAL_S):
-            if time.monotonic() - self._last < INTERVAL_S:
-                continue
-            # If this fails, so does the run's next update, which raises the error.
-            with suppress(StoreError):
-                self._record.update()
 
 
 class _Nowhere:

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from nerve.files import as_store_error, require_there
-from nerve.measuring.distributed import gathered, own_part
+from nerve.measuring.messages import gathered, own_part
 from nerve.storage.directory import RunDirectory
 from nerve.storage.store import RunStore
 from nerve.training.agreement import Agreement

@@ -22,7 +22,8 @@ from nerve.models import build_model
 from nerve.storage.directory import RunDirectory, Which
 from nerve.storage.identity import differences
 from nerve.storage.json_values import to_json
-from nerve.storage.record import RECORD_NAME, RunRecord
+from nerve.storage.record import RunRecord
+from nerve.storage.record_file import RECORD_NAME
 
 _MODULE = "model."
 
@@ -146,12 +147,12 @@ def weights_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     if "state_dict" not in checkpoint:
         return dict(checkpoint)
     states = checkpoint["state_dict"]
-    said = ("run_id", "config_id", "config")
+    names = ("run_id", "config_id", "config")
     return {
         "model": {name.removeprefix(_MODULE): states[name] for name in states},
         "facts": checkpoint["facts"],
         "step": checkpoint["global_step"],
-        **{name: checkpoint[name] for name in said if name in checkpoint},
+        **{name: checkpoint[name] for name in names if name in checkpoint},
     }
 
 

@@ -49,11 +49,11 @@ class CheckpointCadence:
         require_reached("checkpoint.keep", self.keep, max_steps)
 
     def is_due_at(self, step: int) -> bool:
-        """Whether to save after `step`, whatever the time."""
+        """Whether to save after `step`, regardless of the time."""
         return bool(self.every_n_steps) and step % (self.every_n_steps or 1) == 0
 
     def is_due_after(self, seconds: float) -> bool:
-        """Whether to save `seconds` after the last checkpoint, whatever the step."""
+        """Whether to save `seconds` after the last checkpoint, regardless of the step."""
         return bool(self.every_n_minutes) and seconds >= 60 * (self.every_n_minutes or 0)
 
 

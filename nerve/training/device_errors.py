@@ -15,7 +15,7 @@ _OF_A_GPU = re.compile(r"(CUDA|HIP|cuDNN|cuBLAS) error\b|Triton Error \[(CUDA|HI
 
 
 def is_of_device(error: BaseException) -> bool:
-    """Whether a device failed or had no memory left. After the first, none of its tensors can be
+    """Whether a device failed or had no memory left. After a failure, none of its tensors can be
     read."""
     has_type = isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError)
     return has_type or (type(error) is RuntimeError and _OF_A_GPU.match(str(error)) is not None)

@@ -14,7 +14,7 @@ NEVER = sys.maxsize
 class Divergence:
     """Keeps the losses since the last check, and the first step whose loss was not finite.
 
-    To keep a loss takes no kernel, and only a check waits for the device.
+    Keeping a loss launches no kernel; only a check waits for the device.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Divergence:
             steps, losses = zip(*self._losses, strict=True)
             self._losses.clear()
             are_finite = torch.stack(losses).isfinite().tolist()
-            bad = [step for step, is_so in zip(steps, are_finite, strict=True) if not is_so]
+            bad = [step for step, is_finite in zip(steps, are_finite, strict=True) if not is_finite]
             self._first = min([self._first, *bad])
         return self._first
 

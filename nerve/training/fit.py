@@ -16,17 +16,18 @@ from torch.utils.data import DistributedSampler
 from nerve.config import require
 from nerve.errors import ConfigError, MeasurementError
 from nerve.measuring.choice import Choice, call_probed
-from nerve.measuring.distributed import gathered
 from nerve.measuring.ffns import declared_widths, sites_of
 from nerve.measuring.find import find_ffns
-from nerve.measuring.forward import call, evaluating
+from nerve.measuring.forward import call_as_taken, evaluating
 from nerve.measuring.found import FoundFFNs
 from nerve.measuring.masks import Masks
+from nerve.measuring.messages import gathered
 from nerve.measuring.probe import Probe
 from nerve.measuring.slices import Slice
 from nerve.recording.recorder import Recorder
 from nerve.recording.settings import MonitorSettings
 from nerve.recording.writer import is_measured, monitored_values
+from nerve.training.updates import NEVER
 
 log = logging.getLogger(__name__)
 
@@ -35,15 +36,15 @@ def require_validation(trainer: L.Trainer, source: str) -> None:
     """Raises `ConfigError` if held-out features are to be measured in a fit without validation."""
     require(
         source == "train" or trainer.enable_validation,
-        "monitor.source=heldout measures the validation batches, and this fit has none: it has no "
+        "source='heldout' measures the validation batches, and this fit has none: it has no "
         f"validation loader, no validation_step, or limit_val_batches={trainer.limit_val_batches}. "
         "Pass validation batches to trainer.fit, or set source='train'.",
     )
 
 
 class FFNSearch:
-    """The search for the FFNs of a module, which comes before the module's own `setup` and
-    `configure_model`; those that these build would not be measured.
+    """The search for the FFNs of a module. It runs before the module's own `setup` and
+    `configure_model`; FFNs that these build would not be measured.
 
     Args:
         module: the module that is trained.
@@ -93,7 +94,7 @@ def require_batches(trainer: L.Trainer, source: str) -> None:
         return
     require(
         trainer.num_val_batches[0] != 0,
-        "monitor.source=heldout measures the batches of the first validation loader, which has "
+        "source='heldout' measures the batches of the first validation loader, which has "
         f"none (limit_val_batches={trainer.limit_val_batches}). Add validation batches, or set "
         "source='train'.",
     )
@@ -116,6 +117,19 @@ def warn_of_loaders(trainer: L.Trainer) -> None:
         rank_zero_warn(
             "The loss and the features in the rows are those of a single validation loader, the "
             f"first of these {n}. Put the loader to measure first."
+        )
+
+
+def warn_of_intervals(trainer: L.Trainer) -> None:
+    """Warns of intervals of validation that were set for a trainer and that the monitor replaces.
+    Called before it does."""
+    defaults = {"val_check_interval": 1.0, "check_val_every_n_epoch": 1}
+    values = {name: getattr(trainer, name) for name in defaults}
+    given = [f"{name}={value}" for name, value in values.items() if value != defaults[name]]
+    if given and trainer.val_check_interval != NEVER:  # in an earlier fit
+        rank_zero_warn(
+            f"The trainer's {', '.join(given)} has no effect: SpectralMonitor determines when to "
+            "validate, with every_n_steps and steps. Leave it out."
         )
 
 
@@ -172,11 +186,11 @@ def choice_of(
 
     def run(batch: Any) -> object:
         with evaluating(model, probe):
-            return call_probed(probe, call, model, batch)
+            return call_probed(probe, call_as_taken, model, batch)
 
     mask = getattr(module, "padding_mask", None) if mask is None else mask
-    skip_first, is_grouped = settings.skip_first, bool(settings.groups)
-    return Choice(model, probe, run, mask, tuple(exclude), only_labeled, skip_first, is_grouped)
+    skip_first, groups = settings.skip_first, settings.groups
+    return Choice(model, probe, run, mask, tuple(exclude), only_labeled, skip_first, groups)
 
 
 def _holder(module: L.LightningModule, probe: Probe) -> nn.Module:

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.distributed import TCPStore
 
 from nerve.errors import NotGatheredError, first_line, noted
-from nerve.measuring.distributed import TOGETHER, Exit, reason_of_others
+from nerve.measuring.departures import TOGETHER, Exit, reason_of_others
 from nerve.training.launching import (
     Children,
     exit_of,
@@ -26,20 +26,20 @@ from nerve.training.launching import (
 from nerve.training.signals import Interrupted
 from nerve.training.watching import watching
 
-COME_WITHIN_S = 1800.0
+START_WITHIN_S = 1800.0
 """How long to wait for all processes, as long as torch does: preparing data may take one of them a
 while."""
 
-HEARD_WITHIN_S = 60.0
+NOTIFY_WITHIN_S = 60.0
 """How long the first process, after it failed, waits until the others have received the reason."""
 
-HEARD_WHEN_STOPPED_WITHIN_S = 5.0
+NOTIFY_WHEN_STOPPED_WITHIN_S = 5.0
 """The same after a signal to stop, which the other processes have probably received as well."""
 
 _DONE, _STOPPED, _REFUSED = "done", "stopped: ", "refused: "
 
 POLL_S = 0.05
-SAID_AFTER_S = 30.0
+WARN_AFTER_S = 30.0
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,8 @@ class Gathering:
 
     torch waits half an hour for a process that does not come, and ignores signals meanwhile. Here
     each process waits in short steps, and one that cannot come tells the others why. They meet at
-    the port where torch opens its store afterwards; in the process that serves it, both share it.
+    the port where torch opens its store afterwards; in the process that serves both stores, they
+    share the port.
 
     As a context manager, it tells the others about an error that ends the block before all
     processes have come.
@@ -85,15 +86,15 @@ class Gathering:
         if n_ended + 1 == self._n:
             return  # on one node, there is nobody else
         if error is None:
-            self._tell(_DONE, HEARD_WITHIN_S, n_ended)
+            self._announce_end(_DONE, NOTIFY_WITHIN_S, n_ended)
             return
         with noted(error):
             if isinstance(error, Exception):
-                told = f"{_REFUSED}{error or type(error).__name__}"
-                self._tell(told, HEARD_WITHIN_S, n_ended)
+                reason = f"{_REFUSED}{error or type(error).__name__}"
+                self._announce_end(reason, NOTIFY_WITHIN_S, n_ended)
             else:
                 why = error.__cause__ or error
-                self._tell(f"{_STOPPED}{why}", HEARD_WHEN_STOPPED_WITHIN_S, n_ended)
+                self._announce_end(f"{_STOPPED}{why}", NOTIFY_WHEN_STOPPED_WITHIN_S, n_ended)
 
     def begin(self) -> bool:
         """Whether there is a run to take part in; all processes but the first wait for its answer.
@@ -111,8 +112,9 @@ class Gathering:
         return self._wait_for(lambda store: store.check([f"{self._prefix}/begun"]))
 
     def start_others(self, trainer: L.Trainer) -> None:
-        """Starts the other processes now, where Lightning would do so only when the fit begins: by
-        then this process has loaded the data and built the model, for which it would wait again."""
+        """Starts the other processes now. Lightning would start them only when the fit begins; this
+        process, which has loaded the data and built the model by then, would wait until they have,
+        too."""
         launcher = trainer.strategy.launcher
         is_left_to_it = not (self._are_there or self._are_started)
         if is_left_to_it and isinstance(launcher, _SubprocessScriptLauncher):
@@ -135,8 +137,8 @@ class Gathering:
     @contextmanager
     def watching(self, lost: Callable[[NotGatheredError], None]) -> Iterator[Mapping[int, Exit]]:
         """Watches, while the block runs, the processes that this one has started, or the one that
-        has started it. If one of them fails, and the block waits for it nevertheless, ends this
-        process, and those that it has started.
+        has started it. If one of them fails and the block still waits for it, ends this process and
+        those that it has started.
 
         Args:
             lost: called with the reason before that, by another thread.
@@ -164,18 +166,18 @@ class Gathering:
     def _wait_for(self, has_come: Callable[[TCPStore], bool]) -> bool:
         """Waits in short steps; returns False if there is nothing to do."""
         store, patience = self._opened(), _Patience(self._where, self._n)
-        while not _asked(lambda: has_come(store)):
+        while not _query_store(lambda: has_come(store)):
             ended = self._children.ended()
             require_parent()
-            told = _asked(lambda: self._told(store))
-            if told == _DONE:
+            reason = _query_store(lambda: self._announced_end(store))
+            if reason == _DONE:
                 return False
-            if told is not None and told.startswith(_STOPPED):
-                raise Interrupted(f"another process of the run was {told}")
-            if told is not None:
+            if reason is not None and reason.startswith(_STOPPED):
+                raise Interrupted(f"another process of the run was {reason}")
+            if reason is not None:
                 raise NotGatheredError(
                     "A run needs all of its processes; another one ended: "
-                    f"{told.removeprefix(_REFUSED)}"
+                    f"{reason.removeprefix(_REFUSED)}"
                 )
             if ended:
                 exited = exit_of(next(iter(ended.values())))
@@ -188,11 +190,11 @@ class Gathering:
             patience.wait()
         return True
 
-    def _told(self, store: TCPStore) -> str | None:
+    def _announced_end(self, store: TCPStore) -> str | None:
         key = f"{self._prefix}/ended"
         return store.get(key).decode() if store.check([key]) else None
 
-    def _tell(self, why: str, within_s: float, n_ended: int) -> None:
+    def _announce_end(self, why: str, within_s: float, n_ended: int) -> None:
         """Tells the others why this process ends, unless a reason was given before; the first
         process waits until all have received it, except `n_ended` that it has ended itself."""
         until = time.monotonic() + within_s
@@ -201,12 +203,12 @@ class Gathering:
                 return  # the first process has already ended
             time.sleep(POLL_S)
         store = self._opened()
-        if self._told(store) is None:
+        if self._announced_end(store) is None:
             store.set(f"{self._prefix}/ended", why)
-        n_heard = store.add(f"{self._prefix}/heard", 1 + n_ended)
-        while self._leads and n_heard < self._n and time.monotonic() < until:
+        n_notified = store.add(f"{self._prefix}/heard", 1 + n_ended)
+        while self._leads and n_notified < self._n and time.monotonic() < until:
             time.sleep(POLL_S)
-            n_heard = store.add(f"{self._prefix}/heard", 0)
+            n_notified = store.add(f"{self._prefix}/heard", 0)
 
     def _opened(self) -> TCPStore:
         """The store, which the first process or torchrun serves."""
@@ -217,12 +219,12 @@ class Gathering:
             while not serves and not self._is_open():
                 require_parent()
                 patience.wait()
-            self._store = _asked(
+            self._store = _query_store(
                 lambda: TCPStore(
                     address,
                     port,
                     is_master=serves,
-                    timeout=timedelta(seconds=HEARD_WITHIN_S),
+                    timeout=timedelta(seconds=NOTIFY_WITHIN_S),
                     wait_for_workers=False,
                     multi_tenant=True,
                 )
@@ -244,27 +246,27 @@ class _Patience:
 
     def __init__(self, where: tuple[str, int], n: int) -> None:
         self._since = time.monotonic()
-        self._has_said = False
+        self._has_warned = False
         self._what = f"{n} processes of a run, which meet at {where[0]}:{where[1]}"
 
     def wait(self) -> None:
         waited_s = time.monotonic() - self._since
-        if waited_s > COME_WITHIN_S:
+        if waited_s > START_WITHIN_S:
             raise NotGatheredError(
-                f"All {self._what}, must start within {COME_WITHIN_S / 60:g} minutes; some have "
+                f"All {self._what}, must start within {START_WITHIN_S / 60:g} minutes; some have "
                 "not. Read the output of the others; trainer.devices times trainer.num_nodes must "
                 "be the number of processes that are started."
             )
-        if waited_s > SAID_AFTER_S and not self._has_said:
+        if waited_s > WARN_AFTER_S and not self._has_warned:
             log.warning("still waiting for some of the %s", self._what)
-            self._has_said = True
+            self._has_warned = True
         time.sleep(POLL_S)
 
 
-def _asked(ask: Callable[[], T]) -> T:
+def _query_store(query: Callable[[], T]) -> T:
     """What the store answers."""
     try:
-        return ask()
+        return query()
     except RuntimeError as error:  # the base class of the errors of torch.distributed
         raise NotGatheredError(
             "A run needs all of its processes; the first one cannot be reached, or ended "

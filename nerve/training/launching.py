@@ -18,8 +18,8 @@ from lightning.pytorch.plugins.environments import (
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from nerve.errors import ConfigError, NotGatheredError
-from nerve.measuring.distributed import Exit
-from nerve.training.signals import STOPPING, StopSignals
+from nerve.measuring.departures import Exit
+from nerve.training.signals import STOP_SIGNALS, StopSignals
 
 ENDS_WITHIN_S = 5.0
 """How long a process may take to end when it is asked to; then it is killed."""
@@ -54,7 +54,7 @@ class Children:
         self._launcher: _SubprocessScriptLauncher | None = None
 
     def start(self, launcher: _SubprocessScriptLauncher) -> None:
-        """Starts them, which do not take Ctrl-C before they call `take_ctrl_c`.
+        """Starts them. Ctrl-C takes effect in them only once they call `take_ctrl_c`.
 
         Args:
             launcher: starts the same command once for each further device of this node.
@@ -74,8 +74,8 @@ class Children:
             each.kill()  # does nothing to one that has ended
 
     def end(self) -> int:
-        """Asks them to end, kills those that have not after `ENDS_WITHIN_S` seconds, or when this
-        process is asked to stop meanwhile, and returns how many they are.
+        """Asks them to end, and kills those that have not after `ENDS_WITHIN_S` seconds or when
+        this process is asked to stop; returns the number of processes.
 
         Raises:
             Interrupted: if it is asked to stop.
@@ -105,18 +105,18 @@ class Children:
 
 
 def exit_of(status: int) -> Exit:
-    """An exit status in words, and whether the process had received a signal that asks to stop;
-    then its status is that of shells, unless it could not handle it yet."""
+    """An exit status in words, and whether a signal that asks to stop ended the process: before it
+    could handle the signal, or with the exit status that shells use for it."""
     known = {each.value: each.name for each in signal.Signals}
     how = f"ended with status {status}"
     if status < 0:
         how = f"was killed by {known.get(-status, f'signal {-status}')}"
-    return Exit(how, any(status in (-each, 128 + each) for each in STOPPING))
+    return Exit(how, any(status in (-each, 128 + each) for each in STOP_SIGNALS))
 
 
 def take_ctrl_c() -> None:
-    """Takes Ctrl-C from now on, also one that came before, if another process of the run started
-    this one."""
+    """In a process that another process of the run started, unblocks SIGINT; one that is already
+    pending is delivered now."""
     if _PARENT in os.environ:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
@@ -140,8 +140,8 @@ def require_parent() -> None:
 
 @contextmanager
 def _as_parent() -> Iterator[None]:
-    """Lets processes that are started now know this one, and leaves Ctrl-C to it until they have
-    begun: a terminal would also send it to them, in the middle of their imports."""
+    """Within the block, processes that are started get the id of this one, and Ctrl-C is blocked in
+    them: a terminal would send it to them, too, in the middle of their imports."""
     os.environ[_PARENT] = str(os.getpid())
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which they inherit
     try:

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from nerve.measuring.collectives import add_up, highest
-from nerve.measuring.distributed import n_processes
+from nerve.measuring.processes import n_processes
 from nerve.models import Penalty, Regularizer
 from nerve.optim import Schedule
 from nerve.training.device_errors import is_of_device

@@ -1,4 +1,4 @@
-"""The Lightning callback that measures FFN spectra while a model trains, and stores them."""
+"""Measures FFN spectra while Lightning trains a model, and stores them in a run that is open."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -9,8 +9,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from nerve.config import from_mapping
-from nerve.measuring.distributed import leave
+from nerve.measuring.departures import leave
 from nerve.measuring.ffns import FFN
 from nerve.measuring.given import check_given
 from nerve.measuring.masks import Masks
@@ -41,44 +40,14 @@ from nerve.training.updates import (
 )
 
 
-class SpectralMonitor(L.Callback):
-    """Measures every FFN at steps 0, k, 2k, … and the last step, and writes one row per FFN.
-
-    A row with step s holds the features computed with the weights after s updates, and the
-    validation loss of the same weights. Updates are Lightning's global steps; with manual
-    optimization, optimizers that each step once in a batch count as one update. Lightning validates
-    at the measured steps, and at no others; of several validation loaders, the first is used. A
-    validation loader that Lightning distributes over processes is evaluated as a whole.
-
-    What the module's steps return is used if possible: a tensor, or the entry `loss` of a mapping,
-    is the mean loss of a batch; the entry `n_targets` is its weight and is added to `tokens_seen`.
-    Measuring draws no random numbers and leaves weights, gradients and modes unchanged.
-
-    The trainer's loggers receive each measurement with its own step, which may be a few steps old:
-    `ffn/03/pr_post` for layer 3, `ffn/mean/pr_post` for the mean over layers. Callbacks such as
-    `EarlyStopping` and `ModelCheckpoint` can monitor these values, or `pr_post`, the mean over all
-    FFNs. They are those of the latest measurement that is solved when validation ends: of the same
-    step on a CPU, up to four measurements old on a GPU; with `source="train"` at best the previous
-    one. The first measurement is waited for if a callback or scheduler monitors such a value.
+class FitMonitor(L.Callback):
+    """Measures every FFN during a fit, as `SpectralMonitor` describes, and writes rows into a store
+    that the caller has opened.
 
     Args:
         store: where rows are written; flushed after each measurement. Of several processes, which
-            share the solving, only rank 0 has a store, the others None. A fit that begins at step
-            s, from any checkpoint, drops the rows after s.
-        ffns: the FFNs of a model whose modules do not implement the protocol `FFN`; None to find
-            them in the module that is trained.
-        mask: returns a batch's mask, as in `nerve.measure`. By default the module's method
-            `padding_mask(batch)`, if it has one, or else the attention masks of a batch that is a
-            mapping and has them.
-        exclude, only_labeled: as in `nerve.measure`, for batches that are mappings. Which tokens an
-            FFN receives is determined by calling the part of the module that contains all FFNs with
-            such a batch, shortened.
-        settings: those of `MonitorSettings`, by name: `every_n_steps`, `steps`, `source`,
-            `spectra`, `layers`, `shortcut`, `skip_first`, `groups`, `groups_every`, `sites`.
-
-    Raises:
-        ConfigError: for a setting that is out of range, and at the start of a fit in which nothing
-            would be measured.
+            share the solving, only rank 0 has a store, the others None.
+        ffns, mask, exclude, only_labeled, settings: as in `SpectralMonitor`.
     """
 
     def __init__(
@@ -91,7 +60,7 @@ class SpectralMonitor(L.Callback):
         only_labeled: bool = False,
         **settings: Any,
     ) -> None:
-        self.settings = from_mapping(MonitorSettings, settings, "monitor")
+        self.settings = MonitorSettings.of(**settings)
         check_given(ffns=ffns, mask=mask, exclude=exclude, layers=self.settings.layers)
         self._ffns = ffns
         self._counted = mask, exclude, only_labeled
@@ -99,6 +68,11 @@ class SpectralMonitor(L.Callback):
         self._features: StepFeatures | None = None
         self._updates = WeightUpdates()
         self._recorder = Recorder(self.settings, store)
+
+    @property
+    def state_key(self) -> str:
+        """The name of its state in checkpoints, including those of earlier versions."""
+        return "SpectralMonitor"
 
     @property
     def val_loss(self) -> float | None:
@@ -157,18 +131,25 @@ class SpectralMonitor(L.Callback):
             self._search.require_complete(pl_module)
             self._search = None
 
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.begin(trainer, pl_module)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         require_batches(trainer, self.settings.source)
         last = last_update(trainer, pl_module)
         steps = self.settings.measured_steps(last)
         self._updates.open(trainer, pl_module, steps, self._stop)
         begun = self._updates.n
-        self._recorder.drop_after(begun)
         if begun == 0:
             self.settings.require_some(last)
-            if 0 in steps and not trainer.enable_validation:
-                self._label(trainer)
+        self.begin(trainer, pl_module)
+        self._recorder.drop_after(begun)
+        if begun == 0 and 0 in steps and not trainer.enable_validation:
+            self._label(trainer)
         validate_next(trainer, begun in steps)  # read when Lightning resumes from a checkpoint
+
+    def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Called before anything is measured, once or twice: when a checkpoint has been read."""
 
     def on_train_batch_end(
         self,

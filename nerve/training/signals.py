@@ -16,11 +16,11 @@ from nerve.errors import NotGatheredError, StoppedError
 
 log = logging.getLogger(__name__)
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Sent by a user, by a dropped connection, or by a batch system before it preempts a job or its
 time limit is reached."""
 
-TO_BE_GONE_ON_WITH = os.EX_TEMPFAIL
+RESUMABLE_EXIT_STATUS = os.EX_TEMPFAIL
 """The exit status of a run that stopped before its end without a signal, and can be resumed."""
 
 SLURM_KILLS_WITHIN_S = 30.0
@@ -32,7 +32,7 @@ SLURM_IS_LATE_BY_S = 10.0
 
 SLURM_ANSWERS_WITHIN_S = 10.0
 
-SLURM_ASKED_EVERY_S = 10.0
+SLURM_POLL_S = 10.0
 
 SLURM_ENDS = re.compile(
     r"\bJobState=(PREEMPTED|REQUEUE\w*|CANCELLED|COMPLETING)\b|\bPreemptTime=\d"
@@ -47,11 +47,11 @@ class Interrupted(SystemExit):
     Args:
         reason: why it stopped.
         code: the exit status of the process.
-        at_once: whether nothing is to be waited for.
+        at_once: whether the process ends without waiting for anything.
     """
 
     def __init__(
-        self, reason: str, code: int = TO_BE_GONE_ON_WITH, *, at_once: bool = False
+        self, reason: str, code: int = RESUMABLE_EXIT_STATUS, *, at_once: bool = False
     ) -> None:
         super().__init__(code)
         self._reason = reason
@@ -102,8 +102,9 @@ class StopSignals(SignalsHandled):
 
     Before `defer` is called, such a signal raises `Interrupted` immediately; afterwards the program
     checks `received` where it can stop. A second Ctrl-C raises it immediately, too, and further
-    signals are only noted. Not KeyboardInterrupt, of which Lightning makes another error. Outside
-    the main thread, where Python does not allow signal handlers, nothing is installed.
+    signals are only noted. KeyboardInterrupt is not used, because Lightning turns it into another
+    error. Outside the main thread, where Python does not allow signal handlers, nothing is
+    installed.
     """
 
     def __init__(self) -> None:
@@ -129,14 +130,15 @@ class StopSignals(SignalsHandled):
         self.install()
 
     def hold(self) -> None:
-        """From now on, all signals are only noted: what is left to do is short."""
+        """From now on, all signals are only noted, because little is left to do."""
         self._is_held = True
 
     @contextmanager
     def of_all(self) -> Iterator[None]:
-        """Within the block, this process is also interrupted if another one was asked to stop; and
-        if it was itself asked to, the end of another one is part of that, and so is any error after
-        a signal has interrupted it at once: torch replaces an exception in the middle of a file.
+        """Within the block, this process is also interrupted if another one was asked to stop. If
+        this one was asked to stop, an error because another one has ended is replaced; so is any
+        error after a signal has interrupted this process at once, since torch replaces an exception
+        that is raised while it writes a file.
 
         Raises:
             Interrupted: in place of the error.
@@ -185,7 +187,7 @@ class StopSignals(SignalsHandled):
             _wait_for_kill(job)
 
     def _signums(self) -> Iterable[int]:
-        return STOPPING if threading.current_thread() is threading.main_thread() else ()
+        return STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         is_second = signum == signal.SIGINT and signum in self._received
@@ -205,13 +207,13 @@ class StopSignals(SignalsHandled):
 def _wait_for_kill(job: str) -> None:
     """Waits while SLURM reports that it is ending `job`; returns at once if SIGTERM came from
     elsewhere."""
-    told = _asked("scontrol", "show", "job", job)
-    if SLURM_ENDS.search(told):
+    output = _output_of("scontrol", "show", "job", job)
+    if SLURM_ENDS.search(output):
         log.warning("waiting for SLURM to kill this job, so that it requeues the job")
-        until = time.monotonic() + _kills_within_s(told) + SLURM_IS_LATE_BY_S
-        while time.monotonic() < until and SLURM_ENDS.search(told):
-            time.sleep(SLURM_ASKED_EVERY_S)
-            told = _asked("scontrol", "show", "job", job)
+        until = time.monotonic() + _kills_within_s(output) + SLURM_IS_LATE_BY_S
+        while time.monotonic() < until and SLURM_ENDS.search(output):
+            time.sleep(SLURM_POLL_S)
+            output = _output_of("scontrol", "show", "job", job)
 
 
 def _kills_within_s(job: str) -> float:
@@ -221,29 +223,29 @@ def _kills_within_s(job: str) -> float:
     Args:
         job: the output of `scontrol show job`.
     """
-    kill = re.search(r"\bKillWait\s*=\s*(\d+)", _asked("scontrol", "show", "config"))
+    kill = re.search(r"\bKillWait\s*=\s*(\d+)", _output_of("scontrol", "show", "config"))
     wait_s = float(kill[1]) if kill else SLURM_KILLS_WITHIN_S
     if not re.search(r"PREEMPTED|PreemptTime=\d", job):
         return wait_s
     graces = [0.0]
     if partition := re.search(r"\bPartition=(\S+)", job):
-        told = _asked("scontrol", "show", "partition", partition[1])
-        graces += [float(s) for s in re.findall(r"\bGraceTime=(\d+)", told)]
+        output = _output_of("scontrol", "show", "partition", partition[1])
+        graces += [float(s) for s in re.findall(r"\bGraceTime=(\d+)", output)]
     if qos := re.search(r"\bQOS=(\S+)", job):
-        told = _asked("sacctmgr", "-nP", "show", "qos", qos[1], "format=GraceTime")
-        graces += [3600 * float(h) + 60 * float(m) + float(s) for h, m, s in _CLOCK.findall(told)]
+        output = _output_of("sacctmgr", "-nP", "show", "qos", qos[1], "format=GraceTime")
+        graces += [3600 * float(h) + 60 * float(m) + float(s) for h, m, s in _CLOCK.findall(output)]
     return wait_s + max(graces)
 
 
 _CLOCK = re.compile(r"^(\d+):(\d+):(\d+)$", re.MULTILINE)
 
 
-def _asked(*command: str) -> str:
+def _output_of(*command: str) -> str:
     """The output of a SLURM command; empty if it fails to answer."""
     try:
-        told = subprocess.run(
+        output = subprocess.run(
             command, capture_output=True, text=True, timeout=SLURM_ANSWERS_WITHIN_S
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return told.stdout
+    return output.stdout

@@ -52,8 +52,8 @@ class StepFeatures:
             self._recorder.stop()
 
     def end(self) -> None:
-        """Ends a batch. Raises `MeasurementError` if its step was to be measured but never ran,
-        like for a step that runs no FFN."""
+        """Ends a batch. Raises `MeasurementError` if its step was to be measured but never ran, as
+        for a step that runs no FFN."""
         self._start()
         self.stop()
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from nerve.data.cache import cache_root, cached_tokenizer
 from nerve.errors import DataError, StoreError
 from nerve.storage.directory import RunDirectory
-from nerve.storage.record import RECORD_NAME
+from nerve.storage.record_file import RECORD_NAME
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 GIVES_UP_AFTER_S = 30.0
-"""How long a fit may go on without such a process. In an exchange of nerve's own or of gloo, it
-fails by itself; in one of NCCL it would wait for half an hour."""
+"""How long a fit may continue without such a process. An exchange of nerve's own or of gloo fails
+by itself; one of NCCL would wait for half an hour."""
 
 POLL_S = 0.1
 
 
 @contextmanager
 def watching(look: Callable[[], bool], give_up: Callable[[], None]) -> Iterator[None]:
-    """Looks after other processes while the block runs, and ends this process with status 1 if the
+    """Watches other processes while the block runs, and ends this process with status 1 if the
     block does not end within `GIVES_UP_AFTER_S` seconds after one of them has failed.
 
     Args:
@@ -42,7 +42,7 @@ def watching(look: Callable[[], bool], give_up: Callable[[], None]) -> Iterator[
 
 
 def _is_waiting(look: Callable[[], bool], ended: threading.Event) -> bool:
-    """Looks until the block has ended, or should have."""
+    """Watches until the block ends; returns True if it has not ended in time."""
     until = math.inf
     while not ended.wait(POLL_S):
         if look():

@@ -38,7 +38,7 @@ from nerve.report.style import (
     LOSS_COLOR,
     axis_label,
     key,
-    plain,
+    plain_text,
     scale_by_ratio,
     short_name,
 )
@@ -224,7 +224,7 @@ def _flagged(panel: Axes, points: pd.DataFrame) -> list[Line2D]:
     panel.plot(flagged["d_ff"], flagged["pr_post"], **cross)
     for _, run in flagged.iterrows():
         panel.annotate(
-            plain(run["level"]),
+            plain_text(run["level"]),
             (run["d_ff"], run["pr_post"]),
             xytext=(0, -5),
             textcoords="offset points",

@@ -21,7 +21,7 @@ from nerve.report.style import (
     name_axes,
     new_figure,
     outside_legend,
-    plain,
+    plain_text,
     scale_by_ratio,
     short_name,
 )
@@ -67,7 +67,7 @@ def panels(
 ) -> tuple[Figure, list[Axes]]:
     """`new_figure` of `width` inches with a second line of title, `about` the runs."""
     figure, axes = new_figure(n_rows, n_columns, title, width=width / n_columns, height=height)
-    figure.suptitle(f"{plain(title, MAX_TITLE)}\n{plain(about, MAX_TITLE)}", fontsize=10)
+    figure.suptitle(f"{plain_text(title, MAX_TITLE)}\n{plain_text(about, MAX_TITLE)}", fontsize=10)
     return figure, axes
 
 
@@ -108,7 +108,7 @@ def strip(panel: Axes, points: pd.DataFrame, name: str, styles: Styles) -> None:
         panel.plot(np.full(len(values), place), values, **{**POINT, **style})
         if len(values):
             panel.plot([place - 0.25, place + 0.25], [values.mean()] * 2, color=style["color"])
-    panel.set_xticks(range(len(styles)), [plain(level) for level in styles])
+    panel.set_xticks(range(len(styles)), [plain_text(level) for level in styles])
     panel.set_xlim(-0.5, len(styles) - 0.5)
     panel.set_ylabel(axis_label(name), fontsize=8)
     panel.set_title(short_name(name), fontsize=8)
@@ -142,7 +142,7 @@ def depth_map(figure: Figure, panel: Axes, rows: pd.DataFrame, name: str, title:
 
 def legend(figure: Figure, styles: Styles, *more: Line2D, n_columns: int = 6) -> None:
     """The levels' names below all panels."""
-    entries = [key(plain(level), **{**MEAN_LINE, **style}) for level, style in styles.items()]
+    entries = [key(plain_text(level), **{**MEAN_LINE, **style}) for level, style in styles.items()]
     outside_legend(figure, [*entries, *more], n_columns=n_columns)
 
 

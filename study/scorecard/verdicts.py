@@ -59,7 +59,7 @@ def scorecard(judged: Sequence[Judged], links: Mapping[Claim, str]) -> list[list
                 MISSING
                 if headline.check.paper_value is None
                 else number(headline.check.paper_value, 2),
-                _asked(headline),
+                _required(headline),
                 _trained_on(headline),
             ]
         )
@@ -113,16 +113,16 @@ def _because(each: Judged) -> str:
         return f"`{check.id}` has no runs ({check.states})"
     limit = f", required: above {number(check.smallest, 2)}" if check.smallest else ""
     words: dict[str, str] = {"undecided": f"is undecided, lacking {_listed(each.missing)}"}
-    said = words.get(each.outcome, "is " * (each.outcome != "holds") + each.outcome)
+    result = words.get(each.outcome, "is " * (each.outcome != "holds") + each.outcome)
     if each.outcome == "within noise" and each.estimate.low > 0:
-        said = "is above 0, but not by as much as required"
+        result = "is above 0, but not by as much as required"
     reads = ""
     if each.outcome == "undecided" and each.reading is not None:
         reads = f", where the interval alone reads {each.reading!r}"
-    return f"`{check.id}` {said}: {check.states}, {interval(each.estimate)}{limit}{reads}"
+    return f"`{check.id}` {result}: {check.states}, {interval(each.estimate)}{limit}{reads}"
 
 
-def _asked(each: Judged) -> str:
+def _required(each: Judged) -> str:
     """The effect, and its required size."""
     check = each.check
     effect = check.effect.partition("; or")[0]

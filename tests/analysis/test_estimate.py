@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from nerve.analysis.estimate import Estimate, contrast, correlation, decide, read, verdict
+from nerve.analysis.estimate import Estimate, contrast, correlation_estimate, decide, read, verdict
 
 
 def test_two_designs_give_the_paired_t_interval_of_scipy():
@@ -57,12 +57,14 @@ def test_pairing_by_seed_removes_a_large_spread_between_seeds():
 def test_a_correlation_has_fishers_interval():
     x, y, z = np.random.default_rng(0).normal(size=(3, 20))
     low, high = stats.pearsonr(x, y).confidence_interval(0.95)
-    found = correlation(x, y)
+    found = correlation_estimate(x, y)
     assert (found.low, found.high, found.df) == pytest.approx((low, high, 17))
-    assert correlation(x, y, [z]).df == 16
+    assert correlation_estimate(x, y, [z]).df == 16
     gap = np.where(np.arange(len(x)) == 3, np.nan, z)
-    assert correlation(x, y, [gap]) == correlation(*np.delete([x, y], 3, 1), [np.delete(z, 3)])
-    assert not correlation(x[:3], y[:3]).has_interval
+    assert correlation_estimate(x, y, [gap]) == correlation_estimate(
+        *np.delete([x, y], 3, 1), [np.delete(z, 3)]
+    )
+    assert not correlation_estimate(x[:3], y[:3]).has_interval
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from nerve.analysis.correlate_across import correlate_across_runs
 from nerve.analysis.depth import depth_means, metrics_by_depth
 from nerve.analysis.early import rank_early
 from nerve.analysis.factors import (
-    RECORDED,
     TAKEN,
     describe_ties,
     find_factors,
@@ -20,9 +19,11 @@ from nerve.analysis.factors import (
 )
 from nerve.analysis.flags import flag_runs
 from nerve.analysis.groups import contrast_groups, contrasts, pr_of_groups
+from nerve.analysis.leaves import RECORDED
 from nerve.analysis.load import load_runs
 from nerve.analysis.scaling import fit_width_scaling
-from nerve.metric_names import GROUP_SITES, GROUPS, POOLED
+from nerve.sites_and_groups import GROUP_SITES, GROUPINGS, POOLED
+from nerve.storage.identity import ORIGINAL_GROUPS
 
 RECORD = {"run_id": "r", "sweep": "s", "step": 1, "final.val_loss": 1.0, "versions.torch": "2"}
 
@@ -50,23 +51,30 @@ def test_factors_are_the_leaves_that_vary_design_factors_first():
     assert factors.together == {}
 
 
+OF_NERVE_RUN = {f"{group}.x": 1 for group in ORIGINAL_GROUPS}
+
+
 def test_seeds_results_places_and_targets_are_no_factors():
     factors = find_factors(
         runs_of(
             {
+                **OF_NERVE_RUN,
                 "pre_scales.ffn/00": 2.0,
                 "data.cache_dir": "a",
                 "threads": 1,
                 "data._target_": "x",
+                "measure.skip_first": 0,
                 "flag": 1,
                 "d_ff": 1,
                 "weights": '["0 12ab"]',
             },
             {
+                **OF_NERVE_RUN,
                 "pre_scales.ffn/00": 3.0,
                 "data.cache_dir": "b",
                 "threads": 2,
                 "data._target_": "y",
+                "measure.skip_first": 0,
                 "flag": 2,
                 "d_ff": 2,
                 "weights": '["0 34cd"]',
@@ -74,6 +82,26 @@ def test_seeds_results_places_and_targets_are_no_factors():
         )
     )
     assert factors.varying == ()
+
+
+def test_what_nerve_run_excludes_is_a_factor_of_other_runs():
+    """`objective` and `checkpoint` of a user's runs mean what the user says; beside them, those of
+    nerve-run say nothing about the result. So do `weights` that are no digest of `measure`."""
+    assert find_factors(runs_of({"weights": "random"}, {"weights": "dino"})).varying == ("weights",)
+    mine = [
+        {"objective": each, "checkpoint.every_n_steps": n}
+        for each in ("mlm", "clm")
+        for n in (1, 2)
+    ]
+    ours = [{**OF_NERVE_RUN, "checkpoint.every_n_steps": n, "threads": n} for n in (1, 2)]
+    assert find_factors(runs_of(*mine)).varying == ("objective", "checkpoint.every_n_steps")
+    assert find_factors(runs_of(*ours)).varying == ()
+    both = find_factors(runs_of(*mine, *ours))
+    assert {"objective", "checkpoint.every_n_steps"} <= {*both.varying}
+    assert "threads" not in {
+        *both.varying,
+        *(name for each in both.together.values() for name in each),
+    }
 
 
 def test_a_varying_key_with_the_name_of_a_result_is_reported(tmp_path, make_run):
@@ -184,7 +212,9 @@ def test_taken_names_are_exactly_the_columns_of_results_with_factors(tables):
     `clock` is a null model beside the factors, and `points` a column of a report."""
     metrics, runs = tables({"rows": [{"step": 0, "val_loss": 6.0}, {"step": 1}]})
     pairs = {(site, group) for _, site, *groups in contrasts() for group in groups}
-    pairs |= {(site, part) for site in GROUP_SITES for parts in GROUPS.values() for part in parts}
+    pairs |= {
+        (site, part) for site in GROUP_SITES for parts in GROUPINGS.values() for part in parts
+    }
     pairs |= {(site, POOLED) for site in GROUP_SITES}
     at = {"run_id": "run0", "step": 1, "layer": 0, "ffn": "ffn", "pr": 2.0}
     groups = pr_of_groups(

@@ -145,6 +145,8 @@ def test_data_is_corpus_and_tokenizer_and_not_the_held_out_set(tables):
         {"corpus": "a", "tokenizer": "t", "heldout": "i"},
         {"corpus": "a", "tokenizer": "u", "heldout": "h"},
         {"corpus": "b", "heldout": "h"},
+        {"tokenizer": "t"},
+        {"tokenizer": "u"},
         {},
     ]
     with pytest.warns(UserWarning, match="fingerprints"):
@@ -152,8 +154,8 @@ def test_data_is_corpus_and_tokenizer_and_not_the_held_out_set(tables):
     flags = flag_runs(metrics, runs)
     data = list(flags["data"])
     assert data[0] == data[1]
-    assert len(set(data[1:])) == 4
-    assert pd.isna(data[4])
+    assert len(set(data[1:])) == 6
+    assert pd.isna(data[6])
     assert list(flags["heldout"][:4]) == ["h", "i", "h", "h"]
     assert len(data[0]) == 8
 

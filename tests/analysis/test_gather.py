@@ -13,8 +13,8 @@ from nerve.analysis.gather import (
     Coded,
     Read,
     columns_of,
-    frame_of,
-    gathered,
+    frame_from_columns,
+    gather_columns,
 )
 
 RNG = np.random.default_rng(0)
@@ -43,7 +43,7 @@ def gathered_frame(blocks: list[pd.DataFrame]) -> pd.DataFrame:
         for each in blocks
     ]
     times = [len(blocks) / (i + 1) for i in range(len(blocks))]
-    return frame_of(gathered(zip(columns, times, strict=True)))
+    return frame_from_columns(gather_columns(zip(columns, times, strict=True)))
 
 
 @pytest.mark.parametrize("sizes", [(5,), (3, 0, 4), (1, 200, 7), (0, 0, 3), (200, 1)])
@@ -67,7 +67,7 @@ def test_codes_have_the_smallest_sufficient_type(n, kind):
     texts = [f"{i:05d}" for i in RNG.permutation(n)]
     half = n // 2
     parts = [pd.Series(texts[:half]), pd.Series(texts[half:])]
-    found = gathered(({"text": Coded.of(part)}, 1) for part in parts)["text"]
+    found = gather_columns(({"text": Coded.of(part)}, 1) for part in parts)["text"]
     assert found.codes.dtype == kind
     assert list(found) == texts
 
@@ -101,7 +101,7 @@ def test_columns_of_arrow_equal_the_conversion_of_pandas():
 
 def test_a_frame_shares_memory_with_its_arrays():
     columns = {"text": Coded(np.array([2, 0, -1], np.int8), ("c", "a", "b")), "n": RNG.random(3)}
-    frame = frame_of(columns)
+    frame = frame_from_columns(columns)
     assert list(frame["text"].astype(object).where(frame["text"].notna(), None)) == ["b", "c", None]
     assert np.shares_memory(frame["n"], columns["n"])
 
@@ -151,7 +151,7 @@ def test_repeat_is_numpys():
 
 def test_renumbering_goes_piece_by_piece(monkeypatch):
     monkeypatch.setattr(gather, "_CODES_AT_ONCE", 2)
-    found = gathered([({"text": Coded.of(pd.Series([*"cabca"]))}, 1)])["text"]
+    found = gather_columns([({"text": Coded.of(pd.Series([*"cabca"]))}, 1)])["text"]
     assert list(found) == [*"cabca"]
     assert list(found.categories) == [*"abc"]
 

@@ -19,13 +19,21 @@ import pytest
 from nerve.analysis import gather, run_rows
 from nerve.analysis.factors import find_factors
 from nerve.analysis.flags import flag_runs
-from nerve.analysis.load import Runs, load_metrics, load_runs, load_scalars, load_spectra
+from nerve.analysis.load import (
+    Runs,
+    load_groups,
+    load_metrics,
+    load_runs,
+    load_scalars,
+    load_spectra,
+)
 from nerve.errors import ConfigError, StoreError
 from nerve.storage.find import FingerprintWarning, IncompleteWarning
-from nerve.storage.identity import GROUPS, completed, config_id
+from nerve.storage.identity import ORIGINAL_GROUPS, completed, config_id
 from nerve.storage.parts import DamagedPartWarning, read_part
-from nerve.storage.record import DamagedRecordWarning, RunRecord
-from nerve.storage.schema import DATASETS, METRICS
+from nerve.storage.record import RunRecord
+from nerve.storage.record_file import DamagedRecordWarning
+from nerve.storage.schema import DATASETS, METRICS_SCHEMA
 from nerve.storage.store import RunStore
 
 HALVES = [
@@ -111,11 +119,12 @@ def test_one_row_per_run_with_a_column_for_each_leaf(sweep, tmp_path):
 
 
 def test_runs_that_differ_in_their_seed_alone_share_a_design(tmp_path, make_run):
-    """Also if excluded values such as threads differ, but not if a factor does."""
+    """Also if values that nerve-run excludes, such as threads, differ, but not if a factor does."""
+    of_nerve_run = {group: {"x": 1} for group in ORIGINAL_GROUPS}
     configs = [
-        {"ffn": {"width": 4}, "seed": 0},
-        {"ffn": {"width": 4}, "seed": 1, "threads": 2},
-        {"ffn": {"width": 8}, "seed": 0},
+        {**of_nerve_run, "ffn": {"width": 4}, "seed": 0},
+        {**of_nerve_run, "ffn": {"width": 4}, "seed": 1, "threads": 2},
+        {**of_nerve_run, "ffn": {"width": 8}, "seed": 0},
     ]
     for i, config in enumerate(configs):
         make_run(tmp_path / str(i), config, steps=())
@@ -230,7 +239,7 @@ def test_a_damaged_part_is_named_at_the_callers_line(sweep, tmp_path):
 
 def test_a_part_with_one_changed_byte_in_a_page_is_named(sweep, tmp_path):
     part = sorted((tmp_path / "sweep" / "b" / "metrics").iterdir())[0]
-    chunk = pq.read_metadata(part).row_group(0).column(METRICS.names.index("se_pre"))
+    chunk = pq.read_metadata(part).row_group(0).column(METRICS_SCHEMA.names.index("se_pre"))
     content = bytearray(part.read_bytes())
     content[chunk.data_page_offset + chunk.total_compressed_size - 1] ^= 1
     part.write_bytes(content)
@@ -500,6 +509,30 @@ def test_a_factor_cannot_replace_a_column_that_is_derived(tmp_path, make_run, na
         load_metrics(tmp_path, [name])
 
 
+@pytest.mark.parametrize("name", ["group", "site", "dim", "pr_spread"])
+def test_a_factor_may_have_the_name_of_a_column_of_another_dataset(tmp_path, make_run, name):
+    """Groups have it, metrics do not: only the dataset that is asked for must not."""
+    for value in ("a", "b"):
+        store = RunStore(tmp_path / value, make_run(tmp_path / value, {name: value}).run_id)
+        store.append_groups(HALVES)
+        store.flush(20)
+    assert load_metrics(tmp_path, [name])[name].unique().tolist() == ["a", "b"]
+    runs = Runs(tmp_path, [name])
+    assert runs.metrics["sampling"].notna().all()
+    with pytest.raises(ConfigError, match=rf"groups does not already have; got '{name}'"):
+        _ = runs.groups
+    assert load_groups(tmp_path, ["run_status", "config_id"])["config_id"].nunique() == 2
+
+
+def test_a_factor_of_groups_may_have_the_name_of_a_column_of_metrics(tmp_path, make_run):
+    store = RunStore(tmp_path / "a", make_run(tmp_path / "a", {"js": 3}).run_id)
+    store.append_groups(HALVES)
+    store.flush(20)
+    assert load_groups(tmp_path, ["js"])["js"].tolist() == [3] * len(HALVES)
+    with pytest.raises(ConfigError, match="metrics does not already have; got 'js'"):
+        load_metrics(tmp_path, ["js"])
+
+
 def plain_row(config: dict) -> dict:
     """The leaves of a configuration by their dotted names, one by one."""
     row = {}
@@ -520,7 +553,7 @@ def test_rows_are_those_of_each_configuration_whatever_others_have(
     """Groups that are equal, that only look equal, and that lack keys which were added later; more
     of them than are remembered."""
     monkeypatch.setattr(run_rows, "_MOST_LEAVES", most)
-    of_nerve_run = {group: {"x": 1} for group in GROUPS}
+    of_nerve_run = {group: {"x": 1} for group in ORIGINAL_GROUPS}
     values = [{"x": 1}, {"x": True}, {"x": 1.0}, {"x": "1"}, {"x": None}, {"x": [1]}, {}, 1, "1"]
     configs = [{"a": value, "b": {"c": {"d": i % 2}}} for i, value in enumerate(values * 2)]
     configs += [{**of_nerve_run, "monitor": {"x": 1, **more}} for more in ({}, {"skip_first": 5})]

@@ -239,6 +239,7 @@ def test_other_text_and_another_tokenizer_are_other_runs(tmp_path):
             status, _, err = nerve_probe("model", *asked, "-o", "out")
             assert status == 1
             assert "A directory can hold only one run; out holds run" in err
+            assert "Choose another directory with -o, or delete that one." in err
     with pytest.warns(nerve.FingerprintWarning):
         runs = nerve.load_runs("outputs")
     assert runs["config_id"].nunique() == 3
@@ -419,6 +420,7 @@ def test_names_without_a_clear_step_are_refused(names, given, words):
         ({"trainer": {}, "probe": {}}, "nerve-probe"),
         ({"measure": {}}, "nerve.measure"),
         ({"monitor": {}}, "nerve.watch"),
+        ({"monitor": {}, "trainer": {"name": "mine"}}, "nerve.watch"),
     ],
 )
 def test_a_run_without_weights_is_distinguished_from_a_model(config, written):

@@ -10,7 +10,7 @@ from huggingface_hub.utils import HfHubHTTPError
 from nerve.cli.probing.folders import Folders
 from nerve.cli.probing.hub import TIMEOUT_S, check_hub
 from nerve.cli.probing.places import is_on_hub
-from nerve.cli.probing.source import Asked
+from nerve.cli.probing.source import ProbeArguments
 from nerve.errors import DataError
 
 ON_HUB = ("gpt2", "EleutherAI/pythia-70m", "EleutherAI/pythia-70m@step1000", "ckpt/step_2@main")
@@ -58,7 +58,7 @@ def test_a_tokenizer_is_searched_for_like_a_model():
     with pytest.raises(
         DataError, match=r"A tokenizer is a folder or .* has no stpe_1. Similar names: "
     ):
-        Folders(Asked(("gpt2",), tokenizer="ckpt/stpe_1"))
+        Folders(ProbeArguments(("gpt2",), tokenizer="ckpt/stpe_1"))
 
 
 def test_names_on_the_hub_are_distinguished_from_local_paths():

@@ -136,7 +136,7 @@ def test_a_series_is_measured_once_and_continued_when_it_grows(loaded, monkeypat
     """Measured steps are not loaded again; an earlier step comes in between; the same rows as at
     once."""
     later = datetime.now(UTC) + timedelta(hours=1)  # when all files are old
-    monkeypatch.setattr("nerve.storage.record._now", later.isoformat)
+    monkeypatch.setattr("nerve.storage.record.now", later.isoformat)
     save_series(STEPS[1:4])
     shutil.move("ckpt/step_20", "later_20")
     status, out, err = probed("ckpt/step_*")
@@ -254,7 +254,7 @@ def test_a_checkpoint_that_has_diverged_does_not_stop_a_series(diverged):
 def test_a_measured_checkpoint_may_be_deleted(monkeypatch):
     """Also the first one, which otherwise shows the FFNs and the text."""
     later = datetime.now(UTC) + timedelta(hours=1)  # when all files are old
-    monkeypatch.setattr("nerve.storage.record._now", later.isoformat)
+    monkeypatch.setattr("nerve.storage.record.now", later.isoformat)
     save_series(STEPS[:2])
     assert probed("ckpt/step_*")[0] == 0
     Path("ckpt/step_0/model.safetensors").unlink()

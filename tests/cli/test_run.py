@@ -1,6 +1,7 @@
 """`nerve-run`, as a user calls it: what a run stores, and its messages for bad input."""
 
 import errno
+import io
 import json
 import math
 import os
@@ -261,6 +262,7 @@ def test_a_directory_with_a_finished_run_is_left_alone(run, tiny, tmp_path):
     assert status == 1
     assert "holds run" in err
     assert "(done)" in err
+    assert "Choose another directory with hydra.run.dir=…, or delete that one." in err
     assert before == {path: path.read_bytes() for path in Path("mine").rglob("*") if path.is_file()}
 
 
@@ -468,3 +470,23 @@ def test_the_unigram_loss_is_recorded(run, tiny, tmp_path):
     first = nerve.load_metrics(tmp_path).sort_values("step").val_loss.iloc[0]
     assert record.unigram_loss < first
     assert first == pytest.approx(math.log(300), rel=0.05)
+
+
+def test_a_file_and_a_cache_whose_names_are_not_utf_8_are_read_and_logged(
+    run, monkeypatch, tmp_path
+):
+    """On a terminal, whose stdout accepts only valid text."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    lines = "".join(f"line {i} of a long text\n" for i in range(4000))
+    (folder / os.fsdecode(b"t\xe9.txt")).write_text(f"{lines}<|endoftext|>\n")
+    monkeypatch.setenv("NERVE_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
+    given = ["data=text_files", "data.corpus.paths=caf*/*.txt"]
+    status, _, err = run(*given, *TINY_RUN[1:], "hydra.run.dir=it")
+    assert (status, err) == (0, "")
+    sys.stdout.flush()
+    shown = sys.stdout.buffer.getvalue()
+    assert b"caf\\udce9/t\\udce9.txt has '<|endoftext|>'" in shown
+    assert b"Logging error" not in shown
+    assert nerve.load_tokenizer("it").get_vocab_size() == 300

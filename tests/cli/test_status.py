@@ -15,7 +15,8 @@ import pytest
 
 from nerve.cli.status import main, status_of
 from nerve.config import quoted
-from nerve.storage.record import RECORD_NAME, RunRecord
+from nerve.storage.record import RunRecord
+from nerve.storage.record_file import RECORD_NAME
 from nerve.storage.state import LOCK_NAME, RunLock
 from nerve.storage.store import RunStore
 
@@ -121,6 +122,20 @@ def test_warnings_of_one_kind_are_one_line_and_errors_are_one_each(new_run, stat
         "sweep/a done: untrained: the loss of 5.1 nats; untrained as well: sweep/b, sweep/d",
         "sweep/c done: unlucky: for once",
     ]
+
+
+def test_a_run_that_lives_without_getting_anywhere_says_since_when(new_run, at_work, status):
+    """As one whose processes wait for each other, or that measures a large model."""
+    for name, minutes in (("moving", 0.5), ("stuck", 9)):
+        record = new_run(name)
+        at_work(record)
+        then = datetime.now(UTC) - timedelta(minutes=minutes)
+        record.update(step=7, advanced=then.isoformat(timespec="seconds"))
+    new_run("ended").finish("interrupted", advanced="2026-01-01T00:00:00+00:00")
+    rows, _ = status("sweep")
+    assert re.search(r" running 7/100 – .* s ago \w", rows[1])
+    assert re.search(r" running 7/100 – .* s ago 9 min( \d+ s)? ago", rows[2])
+    assert " ago" not in rows[0]
 
 
 def test_a_heartbeat_from_a_clock_that_is_ahead_counts_as_now(new_run, at_work, status):
@@ -259,12 +274,16 @@ def test_a_damaged_file_is_named_and_other_runs_are_shown(new_run, status, name)
 
 def test_names_that_are_not_valid_text_are_shown(new_run, status, monkeypatch):
     """On a terminal or in a file whose encoding lacks these characters and dashes."""
-    new_run(os.fsdecode(b"caf\xe9")).finish("done")
+    new_run(os.fsdecode(b"caf\xe9"), os.fsdecode(b"data.corpus.paths=\xe9.txt")).finish("done")
+    new_run("other", "data.corpus.paths=a.txt").finish("done")
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
     monkeypatch.setattr(sys, "argv", ["nerve-status", "sweep"])
     main()
     sys.stdout.flush()
-    assert b"sweep/caf\\udce9" in sys.stdout.buffer.getvalue()
+    shown = sys.stdout.buffer.getvalue()
+    assert b"sweep/caf\\udce9" in shown
+    assert b"data.corpus.paths=\\udce9.txt" in shown
+    assert b"Restore" not in shown
 
 
 def test_without_a_run_there_is_one_message(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,5 @@
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,11 @@ def test_fingerprint_depends_on_each_name_content_and_the_order_and_on_nothing_e
         corpus_of(first).fingerprint,
     }
     assert len(changed | {original}) == 5
+
+
+def test_the_fingerprint_takes_the_bytes_of_a_name_that_is_not_utf_8():
+    names = [os.fsdecode(name) for name in (b"caf\xe9.txt", b"caf\xe8.txt", "café.txt".encode())]
+    assert len({corpus_of((name, "text")).fingerprint for name in names}) == 3
 
 
 def test_documents_of_white_space_are_skipped_and_sizes_count_utf8_bytes():
@@ -110,13 +116,18 @@ def test_several_roots_follow_each_other_as_given(tmp_path):
     assert names == ["z.py", "a.py"]
 
 
-def test_files_are_decoded_by_their_cookie_and_undecodable_ones_left_out_with_a_warning(tmp_path):
+def test_files_are_decoded_by_their_cookie_and_undecodable_ones_left_out_with_a_warning(
+    tmp_path, caplog
+):
     write(tmp_path, utf8="s = 'é'")
     (tmp_path / "latin.py").write_bytes("# -*- coding: latin-1 -*-\ns = 'é'".encode("latin-1"))
     (tmp_path / "broken.py").write_bytes(b"s = '\xe9'")
     (tmp_path / "unknown.py").write_bytes(b"# coding: no-such-codec\n")
-    with pytest.warns(UserWarning, match=r"2 Python files.*broken.py"):
-        texts = {document.name: document.text for document in python_source(tmp_path).documents()}
+    corpus = python_source(tmp_path)
+    for _ in range(2):  # which is logged once
+        texts = {document.name: document.text for document in corpus.documents()}
+    (message,) = caplog.messages
+    assert re.match(r"2 Python files.*broken\.py", message)
     assert set(texts) == {"utf8.py", "latin.py"}
     assert texts["latin.py"].endswith("s = 'é'")
 

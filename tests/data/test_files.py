@@ -1,6 +1,7 @@
 import gzip
 import json
 import logging
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -34,6 +35,17 @@ def test_plain_text_files_are_documents_in_the_order_of_their_paths(tmp_path):
     assert documents(*paths) == {"a.md": "ä", "b.txt": "b\r\n", "sub/c.py": "c = 1"}
     assert list(documents(*paths)) == ["a.md", "b.txt", "sub/c.py"]
     assert documents(f"{tmp_path}/**/*.*", tmp_path / "b.txt") == documents(*paths)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".jsonl.gz", ".parquet"])
+def test_the_name_of_a_file_need_not_be_utf_8(tmp_path, suffix):
+    path = tmp_path / os.fsdecode(b"caf\xe9" + suffix.encode())
+    if suffix == ".txt":
+        path.write_text("text")
+    else:
+        write_rows(tmp_path / f"plain{suffix}", [{"text": "text"}]).rename(path)
+    (found,) = text_files(f"{tmp_path}/*").named_hashes
+    assert found[0].startswith(path.name)
 
 
 def test_names_and_the_fingerprint_do_not_depend_on_where_the_files_lie(tmp_path):

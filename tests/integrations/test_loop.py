@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 import nerve
 from nerve.errors import ConfigError, MeasurementError, StoreError
 from nerve.integrations import features
+from nerve.measuring.arguments import batch_of
 from nerve.measuring.tap import Hook
 
 N_STEPS = 7
@@ -89,8 +90,7 @@ class Training(L.LightningModule):
 def in_lightning(
     directory: Path, model: Net, *, accumulate: int = 1, source: str, **asked
 ) -> pd.DataFrame:
-    store = nerve.RunStore(directory, nerve.RunRecord.create(directory, {}).run_id)
-    monitor = nerve.SpectralMonitor(store, every_n_steps=3, source=source, **asked)
+    monitor = nerve.SpectralMonitor(directory, every_n_steps=3, source=source, **asked)
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=N_STEPS,
@@ -317,7 +317,6 @@ def killed(directory: str) -> None:
 
 
 def test_a_killed_loop_keeps_its_rows_and_is_resumed(tmp_path):
-    """Without a checkpoint, the run and its rows start over."""
     train(tmp_path / "whole", network(), source="heldout", save_at=4)
     whole, cut = nerve.load_metrics(tmp_path / "whole"), tmp_path / "cut"
     cut.mkdir()
@@ -330,16 +329,20 @@ def test_a_killed_loop_keeps_its_rows_and_is_resumed(tmp_path):
     assert_same(nerve.load_metrics(cut), whole)
 
 
-def test_without_a_checkpoint_a_run_starts_over_unless_it_is_done(tmp_path, caplog):
+def test_without_a_checkpoint_a_run_is_not_started_over(tmp_path):
+    """Whether it has failed after its first measurement or is done."""
     with pytest.raises(ValueError, match="no"):
         train(tmp_path, network(), within=raising(ValueError("no")))
-    train(tmp_path, network())
-    assert "starts over" in caplog.text
-    assert sorted(set(nerve.load_metrics(tmp_path)["step"])) == [0, 3, 6]
-    with pytest.raises(StoreError, match=r"done\..*another directory"):
+    with pytest.raises(
+        StoreError, match=r"failed, with 2 measured steps\. .*resume= and the state"
+    ):
         train(tmp_path, network())
-    with pytest.raises(StoreError, match="every_n_steps"):
-        train(tmp_path, network(), every_n_steps=2)
+    assert sorted(set(nerve.load_metrics(tmp_path)["step"])) == [0, 3]
+    train(tmp_path / "whole", network())
+    with pytest.raises(StoreError, match=r"is done, .*another directory"):
+        train(tmp_path / "whole", network())
+    with pytest.raises(StoreError, match=r"every_n_steps.*\. Choose another directory, or delete"):
+        train(tmp_path / "whole", network(), every_n_steps=2)
 
 
 def test_a_run_that_goes_on_has_no_final_values_until_it_ends(tmp_path):
@@ -500,7 +503,7 @@ def test_arguments_by_position_that_name_no_tokens_stay_a_tuple():
         def forward(self, x: Tensor, y: Tensor, *rest: Tensor) -> Tensor:
             return x
 
-    assert features.batch_of(Two(), (x, y, x), {}, by_name=True) == (x, y, x)
+    assert batch_of(Two(), (x, y, x), {}, by_name=True) == (x, y, x)
 
 
 def test_a_wrapper_may_pass_on_something_else():
@@ -510,7 +513,7 @@ def test_a_wrapper_may_pass_on_something_else():
 
     ids, mask = torch.zeros(2, 3), torch.ones(2, 3)
     given = (ids, 5, 7), {"attention_mask": mask}
-    batch = features.batch_of(Counting(nn.Linear(3, 3)), *given)
+    batch = batch_of(Counting(nn.Linear(3, 3)), *given)
     assert batch == {"inputs": (ids, 5, 7), "attention_mask": mask}
 
 
@@ -521,7 +524,7 @@ def test_further_arguments_by_name_are_entries_of_the_batch():
 
     ids, mask = torch.zeros(2, 3), torch.ones(2, 3)
     for module in (Open(), PassingOn(Open())):
-        batch = features.batch_of(module, (ids,), {"attention_mask": mask})
+        batch = batch_of(module, (ids,), {"attention_mask": mask})
         assert batch.keys() == {"input_ids", "attention_mask"}
         assert batch["attention_mask"] is mask
 
@@ -910,7 +913,7 @@ def raising_once(error: BaseException) -> Callable[..., None]:
         ({"heldout": torch.zeros(3, 4)}, "list of batches"),
         ({"heldout": []}, "got none"),
         ({"config": {"monitor": 1}}, "another name"),
-        ({"every_n_steps": 0}, "every_n_steps"),
+        ({"every_n_steps": 0}, "^every_n_steps must be"),
         ({"colour": 1}, "colour"),
         ({"config": "mine"}, "config must be a mapping by name.*got str 'mine'"),
         ({"optimizer": "sgd"}, "optimizer must be the optimizer of the loop.*got str 'sgd'"),

@@ -39,7 +39,7 @@ from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
 from nerve.recording.solver import Solver
 from nerve.spectra import StreamingCovariance
-from nerve.training.monitor import SpectralMonitor
+from nerve.training.monitor import FitMonitor
 
 WORLD = 2
 NUMBERS = [
@@ -552,7 +552,7 @@ def train_own_model(rank: int, folder: str) -> None:
     if trainer.global_rank == 0:
         directory = Path(folder, "run")
         store = RunStore(directory, RunRecord.create(directory, {}).run_id)
-    trainer.callbacks.append(SpectralMonitor(store, every_n_steps=1, ffns=ffns(module.model)))
+    trainer.callbacks.append(FitMonitor(store, every_n_steps=1, ffns=ffns(module.model)))
     loader = DataLoader(TensorDataset(data()), batch_size=30)
     trainer.fit(module, loader, loader)
 

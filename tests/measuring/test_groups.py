@@ -9,12 +9,12 @@ import nerve
 from nerve.errors import ConfigError, MeasurementError
 from nerve.measuring.groups import REST, Divider, Grouped, frequency_classes
 from nerve.measuring.streams import count_tokens
-from nerve.metric_names import GROUPS
 from nerve.models.gpt import GPT, GPTConfig
 from nerve.nn.normalization import Normalization
+from nerve.sites_and_groups import GROUPINGS
 
 COUNTS = torch.tensor([40, 30, 10, 10, 5, 3, 1, 0])
-ALL = tuple(GROUPS)
+ALL = tuple(GROUPINGS)
 
 
 def by_hand(x: np.ndarray) -> dict[str, float]:
@@ -118,10 +118,10 @@ def test_groups_by_frequency_have_equal_numbers_of_the_right_tokens():
     parts = divided()["frequency"].parts
     ids = tokens().reshape(-1)
     classes = frequency_classes(COUNTS)
-    numbers = {name: len(parts[name]) for name in GROUPS["frequency"]}
+    numbers = {name: len(parts[name]) for name in GROUPINGS["frequency"]}
     assert len(set(numbers.values())) == 1
     assert numbers["head"] == min(np.bincount(classes[ids].numpy(), minlength=3))
-    for number, name in enumerate(GROUPS["frequency"]):
+    for number, name in enumerate(GROUPINGS["frequency"]):
         assert (classes[ids[parts[name]]] == number).all()
         # Evenly spread: as many in each half of the batch, but for one.
         assert (
@@ -218,7 +218,9 @@ def test_groups_by_frequency_are_compared_at_equal_numbers(measured):
     assert rows["n_samples"].iloc[0] == sum(count.min() for count in counts)
     (smallest,) = {int(count.argmin()) for count in counts}
     expected = by_hand(features["1/post"][(classes == smallest).numpy()])
-    row = rows.set_index(["layer", "site", "group"]).loc[(1, "post", GROUPS["frequency"][smallest])]
+    row = rows.set_index(["layer", "site", "group"]).loc[
+        (1, "post", GROUPINGS["frequency"][smallest])
+    ]
     assert row[list(expected)].tolist() == pytest.approx(list(expected.values()), rel=2e-5)
 
 
@@ -230,8 +232,9 @@ def test_groups_merge_to_the_row_of_all_samples(tmp_path, groups):
     mask = torch.rand(8, 17, generator=torch.Generator().manual_seed(3)) < 0.7
     given = {"mask": lambda batch: mask, "skip_first": 2}
     alone = nerve.measure(gpt, batches, **given)
+    counts = COUNTS if "frequency" in groups else None
     grouped = nerve.measure(
-        gpt, batches, **given, into=tmp_path / "run", groups=groups, token_counts=COUNTS
+        gpt, batches, **given, into=tmp_path / "run", groups=groups, token_counts=counts
     )
     names = [name for name in alone if alone[name].dtype == float]
     np.testing.assert_allclose(grouped[names], alone[names], rtol=1e-9)

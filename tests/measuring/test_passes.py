@@ -24,10 +24,10 @@ class Net(nn.Module):
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Linear(D, FF), nn.GELU(), nn.Linear(FF, D)) for _ in range(n_layers)
         )
-        self.n_forwards = 0
+        self.forwards: list[None] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        self.n_forwards += 1
+        self.forwards.append(None)
         for block in self.blocks:
             x = x + block(x)
         return x
@@ -65,15 +65,15 @@ def test_as_many_matrices_are_held_as_fit_and_no_more(batches, n_matrices, n_pas
     with Peak() as everything:
         expected = nerve.measure(net, batches, shortcut=False)
     assert everything.peak > 12 * MATRIX
-    net.n_forwards = 0
+    net.forwards.clear()
     ffns = nerve.find_ffns(net, batches[0])
-    net.n_forwards = 0
+    net.forwards.clear()
     with Peak() as measured:
         rows = nerve.measure(
             net, iter(batches), ffns=ffns, shortcut=False, memory=n_matrices * MATRIX
         )
     pd.testing.assert_frame_equal(rows, expected)
-    assert net.n_forwards == n_passes * (len(batches) + 1)  # one looks for the order of tokens
+    assert len(net.forwards) == n_passes * (len(batches) + 1)  # one looks for the order of tokens
     assert measured.peak <= n_matrices * MATRIX
 
 

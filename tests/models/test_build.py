@@ -98,9 +98,12 @@ def test_gpt_presets_have_the_sizes_that_they_announce(
 
 
 def test_mixer_presets_have_the_sizes_that_they_announce() -> None:
+    values = composed("model=mixer_b16")
+    size = support.composed("model=mixer_b16").data.image_size
     with torch.device("meta"):
-        b16 = build_model(
-            composed("model=mixer_b16"), seed=0, image_size=224, n_channels=3, n_classes=1000
+        b16 = build_model(values, seed=0, image_size=size, n_channels=3, n_classes=1000)
+        b4 = build_model(
+            composed("model=mixer_b4"), seed=0, image_size=32, n_channels=3, n_classes=100
         )
         tiny = build_model(
             composed("model=mixer_tiny"), seed=0, image_size=8, n_channels=1, n_classes=10
@@ -108,6 +111,7 @@ def test_mixer_presets_have_the_sizes_that_they_announce() -> None:
     assert round(n_parameters(b16) / 1e6, 1) == 59.9
     assert round(n_parameters(tiny) / 1e6, 2) == 0.09
     assert b16.blocks[0].token_mixing.up.weight.shape == (384, 196)
+    assert b4.blocks[0].token_mixing.up.weight.shape == (384, 64)
     assert b16.blocks[0].channel_mixing.up.weight.shape == (3072, 768)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from nerve.errors import ConfigError
 from nerve.optim import Dion
-from nerve.optim.dion import orthonormal, power_iteration
+from nerve.optim.dion import orthonormal, power_step
 
 
 def matrix(n_out, n_in, seed=0, dtype=torch.float64):
@@ -71,7 +71,7 @@ def test_steps_follow_the_definition_with_error_feedback(shape):
 def test_error_feedback_keeps_what_the_update_left_out():
     """The part spanned by P decays by μ, the rest is kept: M = μ P Pᵀ B + (I - P Pᵀ) B."""
     buffer = matrix(7, 5)
-    left, unscaled, _ = power_iteration(buffer, matrix(5, 2, seed=1))
+    left, unscaled, _ = power_step(buffer, matrix(5, 2, seed=1))
     kept = buffer - 0.1 * left @ unscaled.T
     projector = left @ left.T
     torch.testing.assert_close(projector @ kept, 0.9 * projector @ buffer, rtol=0, atol=1e-14)

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn import functional as F
 
 from nerve.cli.config.compose import resolved
-from nerve.cli.experiment.groups import parts_of
+from nerve.cli.experiment.group_plans import parts_of
 from nerve.models import build_model
 from nerve.optim import build_optimizer
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import nerve
 from nerve.errors import ConfigError, MeasurementError, StoreError
-from nerve.recording.measured_run import Digest
+from nerve.recording.digest import Digest
 
 
 class Net(nn.Module):
@@ -54,6 +54,31 @@ def test_a_measurement_is_stored_as_a_run(tmp_path, model, batches):
     assert nerve.measure(model, batches)["pr_post"].tolist() == rows["pr_post"].tolist()
 
 
+@pytest.mark.parametrize("how", [{}, {"groups": ["halves"]}])
+def test_the_columns_are_those_of_the_stored_rows(tmp_path, model, how):
+    """With the derived ones. Only halves say more about the samples than their number does."""
+    rows = nerve.measure(model, [torch.randn(8, 10, 4)], into=tmp_path, **how)
+    stored = nerve.load_metrics(tmp_path)
+    of_the_run = ["run_id", "step", "tokens_seen", "train_loss", "val_loss", "lr"]
+    of_the_run += ["run_status", "n_damaged_parts"]
+    assert sorted(rows.columns) == sorted(stored.columns.difference(of_the_run))
+    for name in rows.columns.difference(["sampling"] if how else []):
+        assert rows[name].tolist() == stored[name].tolist()
+    assert rows["sampling"].isna().all() == bool(how)
+
+
+@pytest.mark.parametrize("is_series", [False, True])
+def test_a_measurement_of_nothing_has_the_same_columns(tmp_path, model, batches, is_series):
+    """So that code after it also works if all steps were measured before."""
+    given = [(0, model)] if is_series else model
+    rows = nerve.measure(given, batches, into=tmp_path)
+    none = nerve.measure(given, batches, into=tmp_path, resume=True)
+    assert (len(rows), len(none)) == (1, 0)
+    assert none.dtypes.to_dict() == rows.dtypes.to_dict()
+    assert list(none.columns) == list(rows.columns)
+    pd.testing.assert_frame_equal(pd.concat([none, rows], ignore_index=True), rows)
+
+
 def test_a_series_is_one_run_with_all_its_steps(tmp_path, model, batches):
     """Models as a loop loads them: the same module with different weights."""
 
@@ -91,7 +116,7 @@ def test_only_one_loaded_model_of_a_series_is_in_memory(tmp_path, batches, caplo
 
 def test_a_series_resumes_where_it_stopped(tmp_path, model, batches):
     """Interrupted at any step, or done and now longer: the same rows and config_id, and no step is
-    loaded twice. Without resume= it starts over."""
+    loaded twice."""
     loaded: list[int] = []
 
     def series(*steps: int, broken: int | None = None):
@@ -177,18 +202,35 @@ def test_the_identity_is_weights_batches_and_arguments(tmp_path, model, batches)
     assert len({first, *others}) == 6
 
 
-def test_a_failed_run_starts_over_and_a_completed_one_stays(tmp_path, model, batches):
+def test_repeating_a_call_erases_nothing(tmp_path, model, batches):
+    """Neither what a series has measured before it failed nor a run that is done."""
+
     def broken():
         yield 0, model
+        yield 5, model
         raise ValueError("no checkpoint")
 
     with pytest.raises(ValueError, match="no checkpoint"):
         nerve.measure(broken(), batches, into=tmp_path)
-    assert nerve.RunRecord.load(tmp_path).run_status == "failed"
-    nerve.measure([(5, model)], batches, into=tmp_path)
-    assert nerve.load_metrics(tmp_path)["step"].tolist() == [5]
-    with pytest.raises(StoreError, match="Choose another directory"):
+    with pytest.raises(StoreError, match=r"failed, with 2 measured steps\. .*with resume=True, ch"):
+        nerve.measure(broken(), batches, into=tmp_path)
+    assert nerve.load_metrics(tmp_path)["step"].tolist() == [0, 5]
+    nerve.measure([(0, model), (9, model)], batches, into=tmp_path, resume=True)
+    assert nerve.load_metrics(tmp_path)["step"].tolist() == [0, 5, 9]
+    with pytest.raises(StoreError, match=r"is done, .*hoose another directory"):
         nerve.measure([(5, model)], batches, into=tmp_path)
+
+
+def test_a_measurement_that_failed_before_its_first_step_is_repeated(tmp_path, model, batches):
+    """On other batches, too: nothing of it is kept."""
+
+    def missing() -> nn.Module:
+        raise ValueError("no checkpoint")
+
+    with pytest.raises(ValueError, match="no checkpoint"):
+        nerve.measure([(0, missing)], batches[:1], into=tmp_path)
+    nerve.measure([(0, model)], batches, into=tmp_path)
+    assert nerve.load_metrics(tmp_path)["step"].tolist() == [0]
 
 
 @pytest.mark.parametrize(
@@ -205,8 +247,14 @@ def test_a_failed_run_starts_over_and_a_completed_one_stays(tmp_path, model, bat
         ([torch.zeros(3, 4)], {"labels": ["a"]}, "labels must be a mapping by name.*got list"),
         ([torch.zeros(3, 4)], {"labels": {1: "a"}}, "labels must be a mapping by name"),
         ([torch.zeros(3, 4)], {"labels": {"lr": 1}}, r"got lr\. .*labels={'group': {'lr'"),
-        ([torch.zeros(3, 4)], {"labels": {"host": "a"}}, r"what each run records.*got host\."),
+        ([torch.zeros(3, 4)], {"labels": {"js": 1, "pr_gain": 2}}, r"got js, pr_gain\."),
         ([torch.zeros(3, 4)], {"fingerprints": "ab"}, "fingerprints must be a mapping"),
+        ([torch.zeros(3, 4)], {"fingerprints": {"corpora": "ab"}}, "Did you mean 'corpus'"),
+        ([torch.zeros(3, 4)], {"fingerprints": {"corpus": 5}}, "got corpus=int 5"),
+        ([torch.zeros(3, 4)], {"groups": "halves"}, "groups must be a list; got 'halves'"),
+        ([torch.zeros(3, 4)], {"token_counts": torch.ones(3)}, "groups= has no frequency"),
+        ([torch.zeros(3, 4)], {"layers": [0]}, "no argument layers.*find_ffns.*layers="),
+        ([torch.zeros(3, 4)], {"shortcuts": True}, "Did you mean 'shortcut'"),
         (
             [torch.zeros(3, 4)],
             {"mask": torch.ones(3)},
@@ -264,9 +312,20 @@ def test_a_seed_among_the_labels_is_that_of_the_run(tmp_path, model, batches, se
 def test_a_step_without_a_run_raises(model, batches):
     with pytest.raises(ConfigError, match=r"step=10 without into=\. Leave it out"):
         nerve.measure(model, batches, step=10)
-    for given in ({"labels": {"family": "mine"}}, {"fingerprints": {"family": "5a"}}):
-        with pytest.raises(ConfigError, match=r"got family without into=\. Give into=, or leave"):
+    for given in ({"labels": {"corpus": "mine"}}, {"fingerprints": {"corpus": "5a"}}):
+        with pytest.raises(ConfigError, match=r"got corpus without into=\. Give into=, or leave"):
             nerve.measure(model, batches, **given)
+    with pytest.raises(ConfigError, match=r"got False without into=\. Leave it out"):
+        nerve.measure(model, batches, spectra=False)
+
+
+def test_a_label_may_have_the_name_of_a_group_or_of_what_each_run_records(tmp_path, model, batches):
+    """Both have another column: neither takes the place of a result."""
+    labels = {"host": "a", "ffn": {"width": 3}}
+    nerve.measure(model, batches, into=tmp_path, labels=labels)
+    (run,) = nerve.load_runs(tmp_path).to_dict("records")
+    assert (run["config.host"], run["ffn.width"]) == ("a", 3)
+    assert nerve.load_metrics(tmp_path, ["config.host", "ffn.width"])["ffn.width"].tolist() == [3]
 
 
 def test_skipping_all_positions_raises(model):

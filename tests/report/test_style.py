@@ -18,7 +18,7 @@ from nerve.report.style import (
     name_axes,
     new_figure,
     outside_legend,
-    plain,
+    plain_text,
     scale_by_ratio,
     short_name,
 )
@@ -82,7 +82,7 @@ def test_colors_are_distinguishable_with_all_kinds_of_color_vision(kind):
 def test_text_of_runs_is_drawn_literally(text, drawn):
     """No mathematics, no control characters, one line: the string passed to the renderer."""
     figure, (panel,) = new_figure(1, 1, text)
-    artist = panel.set_title(plain(text))
+    artist = panel.set_title(plain_text(text))
     figure.draw_without_rendering()
     line, is_math = artist._preprocess_math(artist.get_text())
     assert (line, is_math) == (drawn, False)
@@ -90,7 +90,9 @@ def test_text_of_runs_is_drawn_literally(text, drawn):
 
 def test_a_level_that_starts_with_an_underscore_is_in_the_legend():
     figure, _ = new_figure(1, 1, "t")
-    outside_legend(figure, [key(plain("_nolegend_"), color="k"), key("b", color="k")], "factor")
+    outside_legend(
+        figure, [key(plain_text("_nolegend_"), color="k"), key("b", color="k")], "factor"
+    )
     figure.draw_without_rendering()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [" _nolegend_", "b"]
 

@@ -1,6 +1,7 @@
 """A report shows what its runs contain, says what is missing, and replaces only a report."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -427,6 +428,13 @@ def test_a_table_holds_integers_of_any_size(tmp_path, values):
     kept = pd.read_parquet(tmp_path / "t.parquet")["x"]
     exact = max(map(abs, filter(None, values))) < 2**53
     assert [*kept] == (values if exact else [str(value) for value in values])
+
+
+def test_the_folder_of_a_table_need_not_be_utf_8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    _save_table(pd.DataFrame({"x": [1]}), folder / "t")
+    assert {path.name for path in folder.iterdir()} == {"t.csv", "t.parquet"}
 
 
 @pytest.mark.parametrize("n_runs", [1, 2])

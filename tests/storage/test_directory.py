@@ -9,7 +9,8 @@ import pytest
 
 from nerve.errors import StoreError
 from nerve.storage.directory import RunDirectory
-from nerve.storage.record import DamagedRecordError, NoRecordError, RunRecord
+from nerve.storage.record import RunRecord
+from nerve.storage.record_file import DamagedRecordError, NoRecordError
 from nerve.storage.state import FRESH, RunIsBusyError, RunLock, RunState
 from nerve.storage.store import RunStore
 
@@ -242,6 +243,7 @@ def test_a_directory_of_other_values_is_refused_with_some_of_their_names(tmp_pat
         with pytest.raises(StoreError, match=some) as error:
             ask(RunDirectory(tmp_path), values)
         assert f"{tmp_path} holds run mine ({status})" in str(error.value)
+        assert str(error.value).endswith("Choose another directory, or delete that one.")
     with pytest.raises(StoreError, match=r"k8 \(8, now not there\)"):
         RunDirectory(tmp_path).require_same({f"k{i}": i for i in range(8)})
     assert (tmp_path / "run.json").read_bytes() == before
@@ -249,8 +251,11 @@ def test_a_directory_of_other_values_is_refused_with_some_of_their_names(tmp_pat
 
 def test_a_run_that_failed_is_started_again_only_when_asked(tmp_path):
     RunRecord.create(tmp_path, {}).finish("failed", error=ValueError("the batch is rotten"))
-    with pytest.raises(StoreError, match=r"failed with ValueError: the batch is rotten\. Fix the"):
+    with pytest.raises(
+        StoreError, match=r"failed with ValueError: the batch is rotten\. Fix the"
+    ) as error:
         RunDirectory(tmp_path).create_or_resume({})
+    assert str(error.value).endswith("add retry=True, or choose another directory.")
     again = RunDirectory(tmp_path).create_or_resume({}, retry=True)
     assert (again.run_status, again.error, again.restarts) == ("running", None, 1)
 

@@ -15,7 +15,8 @@ from nerve.storage.find import (
     load_records,
 )
 from nerve.storage.parts import read_parts
-from nerve.storage.record import DamagedRecordWarning, RunRecord
+from nerve.storage.record import RunRecord
+from nerve.storage.record_file import DamagedRecordWarning
 from nerve.storage.schema import DATASETS
 
 

@@ -21,7 +21,7 @@ from nerve.storage.parts import (
     read_part,
     read_parts,
 )
-from nerve.storage.schema import DATASETS, METRICS
+from nerve.storage.schema import DATASETS, METRICS_SCHEMA
 
 DATASET = DATASETS["metrics"]
 
@@ -52,7 +52,7 @@ def test_joined_agrees_with_pandas(row):
     tables = [
         pa.Table.from_pylist(
             [row(s % 4, s % 3, se_pre=float(10 * t + s), run_id="a") for s in range(9)],
-            schema=METRICS,
+            schema=METRICS_SCHEMA,
         )
         for t in range(3)
     ]
@@ -89,7 +89,7 @@ def test_flipped_bytes_are_left_out_and_named(filled):
     assert len(table) == 4
 
 
-@pytest.mark.parametrize("name", [field.name for field in METRICS if not field.nullable])
+@pytest.mark.parametrize("name", [field.name for field in METRICS_SCHEMA if not field.nullable])
 def test_a_part_without_a_required_column_is_damaged(filled, name):
     path = part_path(filled, DATASET, 40)
     pq.write_table(pq.read_table(path).drop_columns([name]), path)
@@ -106,7 +106,7 @@ def test_a_part_without_a_value_in_a_required_column_is_damaged(filled):
         read_part(path, DATASET)
 
 
-NULLABLE = [field.name for field in METRICS if field.nullable]
+NULLABLE = [field.name for field in METRICS_SCHEMA if field.nullable]
 
 
 @pytest.mark.parametrize("without", [[name] for name in NULLABLE] + [NULLABLE], ids=str)
@@ -117,7 +117,7 @@ def test_a_nullable_column_that_a_part_lacks_reads_as_null(filled, without):
     pq.write_table(pq.read_table(path).drop_columns(without), path)
     table, damaged = read_parts(filled, DATASET)
     assert not damaged
-    assert table.schema.equals(METRICS)
+    assert table.schema.equals(METRICS_SCHEMA)
     old = table.filter(pc.equal(table["step"], 40))
     assert all(old[name].null_count == 2 for name in without)
     assert old.drop_columns(without).equals(whole.drop_columns(without))
@@ -175,10 +175,10 @@ def differs_unverified(content: bytes, whole: pa.Table) -> bool:
     try:
         with pq.ParquetFile(pa.BufferReader(bytes(content))) as file:
             table = file.read(use_threads=False)
-        missing = [name for name in METRICS.names if name not in table.schema.names]
+        missing = [name for name in METRICS_SCHEMA.names if name not in table.schema.names]
         for name in missing:
             table = table.append_column(name, pa.nulls(len(table), pa.float64()))
-        return not table.select(METRICS.names).cast(METRICS).equals(whole)
+        return not table.select(METRICS_SCHEMA.names).cast(METRICS_SCHEMA).equals(whole)
     except (pa.ArrowException, OSError, ValueError):
         return False
 
@@ -257,7 +257,7 @@ def test_a_part_rewritten_by_pandas_still_reads(filled):
     pd.read_parquet(path).astype({"layer": "int64"}).to_parquet(path)
     table, damaged = read_parts(filled, DATASET)
     assert not damaged
-    assert table.schema.equals(METRICS)
+    assert table.schema.equals(METRICS_SCHEMA)
     assert len(table) == 6
 
 

@@ -5,7 +5,14 @@ import pyarrow as pa
 import pytest
 
 from nerve.errors import StoreError
-from nerve.storage.schema import DATASETS, GROUPS, METRICS, SCALARS, SPECTRA, table_of
+from nerve.storage.schema import (
+    DATASETS,
+    GROUPS_SCHEMA,
+    METRICS_SCHEMA,
+    SCALARS_SCHEMA,
+    SPECTRA_SCHEMA,
+    table_of,
+)
 
 SPECTRUM = {"step": 1, "layer": 0, "ffn": "ffn", "site": "pre", "eigenvalues": [2.0, 1.0]}
 
@@ -34,17 +41,17 @@ def test_metrics_columns_and_types():
         "precision": pa.string(),
         "status": pa.string(),
     }
-    assert dict(zip(METRICS.names, METRICS.types, strict=True)) == expected
-    assert METRICS.names == list(expected)
-    assert all(METRICS.field(name).nullable for name in floats)
+    assert dict(zip(METRICS_SCHEMA.names, METRICS_SCHEMA.types, strict=True)) == expected
+    assert METRICS_SCHEMA.names == list(expected)
+    assert all(METRICS_SCHEMA.field(name).nullable for name in floats)
 
 
 def test_spectra_and_scalars_columns_and_types():
     """The eigenvalues are lists of float32; a scalar is a name and a float64."""
-    assert SPECTRA.names == ["run_id", "step", "layer", "ffn", "site", "eigenvalues"]
-    assert SPECTRA.field("eigenvalues").type.value_type == pa.float32()
-    assert SCALARS.names == ["run_id", "step", "name", "value"]
-    assert SCALARS.field("value").type == pa.float64()
+    assert SPECTRA_SCHEMA.names == ["run_id", "step", "layer", "ffn", "site", "eigenvalues"]
+    assert SPECTRA_SCHEMA.field("eigenvalues").type.value_type == pa.float32()
+    assert SCALARS_SCHEMA.names == ["run_id", "step", "name", "value"]
+    assert SCALARS_SCHEMA.field("value").type == pa.float64()
 
 
 def test_groups_columns_and_types():
@@ -61,11 +68,11 @@ def test_groups_columns_and_types():
         **dict.fromkeys(measured, pa.float64()),
         "status": pa.string(),
     }
-    assert dict(zip(GROUPS.names, GROUPS.types, strict=True)) == expected
-    assert GROUPS.names == list(expected)
+    assert dict(zip(GROUPS_SCHEMA.names, GROUPS_SCHEMA.types, strict=True)) == expected
+    assert GROUPS_SCHEMA.names == list(expected)
 
 
-@pytest.mark.parametrize("schema", [METRICS, SPECTRA, SCALARS, GROUPS])
+@pytest.mark.parametrize("schema", [METRICS_SCHEMA, SPECTRA_SCHEMA, SCALARS_SCHEMA, GROUPS_SCHEMA])
 def test_version_is_in_the_metadata(schema):
     assert schema.metadata == {b"nerve_schema_version": b"2"}
 
@@ -89,7 +96,7 @@ def test_absent_nullable_columns_are_null(row):
 def test_spectra_take_arrays_and_round_to_float32():
     values = np.array([3.0, 1 / 3, 0.0])
     table = table_of(DATASETS["spectra"], [{**SPECTRUM, "eigenvalues": values}], "a")
-    assert table.schema.equals(SPECTRA, check_metadata=True)
+    assert table.schema.equals(SPECTRA_SCHEMA, check_metadata=True)
     np.testing.assert_array_equal(table["eigenvalues"][0].values, values.astype(np.float32))
 
 

@@ -16,7 +16,7 @@ from nerve.errors import StoreError
 from nerve.metric_names import GROUPED, STORED
 from nerve.storage.manifest import read_manifest
 from nerve.storage.parts import DamagedPartWarning, part_path, read_parts, write_part
-from nerve.storage.schema import DATASETS, METRICS
+from nerve.storage.schema import DATASETS, METRICS_SCHEMA
 from nerve.storage.store import RunStore
 
 
@@ -45,7 +45,7 @@ def test_round_trip_of_all_three_datasets(store, row):
     store.append_scalars([{"step": 3, "name": "loss/<script>\n", "value": 0.1}])
     store.flush(3)
     part = pq.read_table(store.directory / "metrics" / "part-000000000003.parquet")
-    assert part.schema.equals(METRICS, check_metadata=True)
+    assert part.schema.equals(METRICS_SCHEMA, check_metadata=True)
     assert part.to_pylist() == [row(3, se_pre=None, run_id="cafe0001")]
     assert rows_of(store.directory, "spectra") == [{"run_id": "cafe0001", **spectrum}]
     assert rows_of(store.directory, "scalars") == [
@@ -80,7 +80,7 @@ def test_pandas_reads_the_folder_as_it_is(store, row):
     (store.directory / "metrics" / ".part-000000000040.parquet.0a1b.tmp").write_bytes(b"PAR1half")
     frame = pd.read_parquet(store.directory / "metrics")
     assert len(frame) == 8
-    assert list(frame.columns) == METRICS.names
+    assert list(frame.columns) == METRICS_SCHEMA.names
 
 
 def test_nothing_waiting_writes_nothing(store):

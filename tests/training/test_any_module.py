@@ -103,9 +103,8 @@ def pairs(n: int = N_BATCHES, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
 
 def fit(directory: Path, module: L.LightningModule, *loaders, trainer=None, **monitor) -> list[int]:
     """Trains over the batches once; returns the measured steps."""
-    store = nerve.RunStore(directory, nerve.RunRecord.create(directory, {}).run_id)
     options = {"max_epochs": 1, "callbacks": []} | (trainer or {})
-    options["callbacks"] = [nerve.SpectralMonitor(store, **monitor), *options["callbacks"]]
+    options["callbacks"] = [nerve.SpectralMonitor(directory, **monitor), *options["callbacks"]]
     fitted = L.Trainer(
         accelerator="cpu",
         logger=False,
@@ -207,7 +206,6 @@ def test_a_manual_fit_goes_on_from_its_checkpoint_with_its_own_count(tmp_path):
         def load_state_dict(self, state):
             pass
 
-    store = nerve.RunStore(tmp_path, nerve.RunRecord.create(tmp_path, {}).run_id)
     for path in (None, tmp_path / "five.ckpt"):
         trainer = L.Trainer(
             accelerator="cpu",
@@ -216,7 +214,7 @@ def test_a_manual_fit_goes_on_from_its_checkpoint_with_its_own_count(tmp_path):
             enable_progress_bar=False,
             enable_model_summary=False,
             max_epochs=1,
-            callbacks=[nerve.SpectralMonitor(store, every_n_steps=3), Save()],
+            callbacks=[nerve.SpectralMonitor(tmp_path, every_n_steps=3), Save()],
         )
         loaders = Resumable(pairs()), Batches(pairs(2, seed=9))
         trainer.fit(TwoOptimizers(), *loaders, ckpt_path=path)
@@ -321,10 +319,7 @@ def test_steps_that_are_never_reached_are_said_at_the_start_or_at_the_end(tmp_pa
 def in_two_processes(rank: int, folder: str) -> None:
     for source in ("heldout", "train"):
         directory = Path(folder, source)
-        if rank == 0:
-            nerve.RunRecord.create(directory, {}, run_id="run")
-        store = nerve.RunStore(directory, "run") if rank == 0 else None
-        monitor = nerve.SpectralMonitor(store, every_n_steps=None, steps=[1, 3], source=source)
+        monitor = nerve.SpectralMonitor(directory, every_n_steps=None, steps=[1, 3], source=source)
         trainer = L.Trainer(
             accelerator="cpu",
             devices=2,

@@ -1,12 +1,8 @@
-"""A run shows that it is alive whatever it is doing, and stops doing so when it ends."""
+"""The progress bar is whole and true, in a terminal and in a file."""
 
 import io
-import json
-import pickle
 import re
 import sys
-import threading
-import time
 from types import SimpleNamespace
 
 import lightning as L
@@ -14,94 +10,8 @@ import pytest
 import torch
 from support import Batches
 
-from nerve.errors import StoreError
-from nerve.storage.record import RunRecord
 from nerve.training import callbacks
-from nerve.training.callbacks import Heartbeat, RunProgressBar
-
-
-@pytest.fixture(autouse=True)
-def _fast(monkeypatch):
-    monkeypatch.setattr(callbacks, "INTERVAL_S", 0.01)
-
-
-@pytest.fixture
-def record(tmp_path) -> RunRecord:
-    return RunRecord.create(tmp_path / "run", {})
-
-
-def beats(record: RunRecord, seconds: float = 100.0) -> bool:
-    """Whether the heartbeat changes within some seconds, while this thread does something else."""
-    before, deadline = told(record), time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if told(record) != before:
-            return True
-        time.sleep(0.005)
-    return False
-
-
-def told(record: RunRecord) -> str:
-    return json.loads((record.directory / "run.json").read_text())["heartbeat"]
-
-
-def is_still(record: RunRecord) -> bool:
-    """Whether the heartbeat has stopped."""
-    return not beats(record, 0.1) and "heartbeat" not in {t.name for t in threading.enumerate()}
-
-
-def test_it_beats_while_data_are_prepared_and_not_after_the_end(record):
-    with Heartbeat(record):
-        assert beats(record)
-        assert beats(record)
-    assert is_still(record)
-
-
-def test_an_error_ends_it(record):
-    with pytest.raises(ValueError, match="no data"), Heartbeat(record):
-        raise ValueError("no data")
-    assert is_still(record)
-
-
-class Looks(L.LightningModule):
-    """Checks that the heartbeat continues within each hook of a fit in which no batch ends."""
-
-    def __init__(self, record: RunRecord) -> None:
-        super().__init__()
-        self.record = record
-        self.seen: dict[str, bool] = {}
-        self.fails = False
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-
-    def on_fit_start(self):  # where a graph is compiled, say
-        self.seen["start"] = beats(self.record)
-        if self.fails:
-            raise ValueError("no")
-
-    def on_validation_start(self):
-        self.seen["validation"] = beats(self.record)
-
-    def training_step(self, batch, batch_idx):
-        self.seen["step"] = beats(self.record)
-        return self.weight.sum()
-
-    def validation_step(self, batch, batch_idx):
-        pass
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def fit(module: Looks, heartbeat: Heartbeat) -> None:
-    L.Trainer(
-        accelerator="cpu",
-        max_steps=1,
-        max_epochs=1,
-        callbacks=[heartbeat],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    ).fit(module, Batches([torch.zeros(1)]), Batches([torch.zeros(1)]))
+from nerve.training.callbacks import RunProgressBar
 
 
 class Counts(L.LightningModule):
@@ -155,49 +65,6 @@ def test_the_bar_moves_with_each_batch_of_training(capsys):
     assert re.fullmatch(r" 67%\|.*\| 2/3 \[.*tokens/s=.*\]", half)
     assert re.fullmatch(r"100%\|.*\| 3/3 \[.*tokens/s=.*\]", whole)
     assert "tokens/s" in bar.get_metrics(module.trainer, module)
-
-
-def test_as_a_callback_of_ones_own_trainer_it_beats_through_the_fit(record):
-    module = Looks(record)
-    fit(module, Heartbeat(record))
-    assert module.seen == {"start": True, "validation": True, "step": True}
-    assert is_still(record)
-
-
-def test_a_fit_that_fails_ends_it(record):
-    module = Looks(record)
-    module.fails = True
-    with pytest.raises(ValueError, match="no"):
-        fit(module, Heartbeat(record))
-    assert is_still(record)
-
-
-def test_a_beat_that_is_refused_neither_ends_it_nor_is_lost(record):
-    """The directory is renamed and then restored; the run's next update raises the error."""
-    moved = record.directory.with_name("moved")
-    with Heartbeat(record):
-        record.directory.rename(moved)
-        time.sleep(0.05)
-        with pytest.raises(StoreError):
-            record.update(step=1)
-        moved.rename(record.directory)
-        assert beats(record)
-
-
-def test_two_threads_that_update_a_record_leave_it_whole(record):
-    with Heartbeat(record):
-        for step in range(100):
-            record.update(step=step)
-            assert RunRecord.load(record.directory).step == step
-
-
-def test_it_can_be_sent_to_a_process_that_trains(record):
-    """Strategies that spawn processes pickle the callbacks; the thread is not pickled."""
-    with Heartbeat(record) as heartbeat:
-        sent = pickle.loads(pickle.dumps(heartbeat))
-    with sent:
-        assert beats(record)
-    assert is_still(record)
 
 
 class Screen(io.StringIO):

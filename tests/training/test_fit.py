@@ -34,11 +34,10 @@ def test_padding_of_stacked_experts_does_not_count(tmp_path):
     module, batches = Mixture(), batches_of(padded=True)
     ffns = nerve.find_ffns(module.model, batches[0])
     expected = nerve.measure(module.model, batches, ffns=ffns)
-    store = nerve.RunStore(tmp_path, nerve.RunRecord.create(tmp_path, {}).run_id)
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=1,
-        callbacks=[nerve.SpectralMonitor(store, ffns=ffns, every_n_steps=1)],
+        callbacks=[nerve.SpectralMonitor(tmp_path, ffns=ffns, every_n_steps=1)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from processes import held_port
 
 from nerve.errors import ConfigError, DataError, NotGatheredError, StoreError
-from nerve.measuring.distributed import Exit, knowing_others
+from nerve.measuring.departures import Exit, knowing_others
 from nerve.training import gathering, watching
 from nerve.training.gathering import Gathering
 from nerve.training.signals import Interrupted, StopSignals
@@ -128,7 +128,7 @@ def test_where_all_refuse_each_has_its_own_reason_and_none_waits():
     began = time.monotonic()
     ends = of(3, *((fails(ConfigError(str(i))), comes) for i in range(3)))
     assert [str(end) for end in ends] == ["0", "1", "2"]
-    assert time.monotonic() - began < gathering.HEARD_WITHIN_S / 2
+    assert time.monotonic() - began < gathering.NOTIFY_WITHIN_S / 2
 
 
 def test_where_one_is_stopped_all_are_interrupted():
@@ -155,7 +155,7 @@ def test_where_the_first_finds_the_run_done_the_others_have_nothing_to_do(monkey
 
 
 def test_the_first_waits_for_a_bounded_time_for_those_who_never_hear(monkeypatch):
-    monkeypatch.setattr(gathering, "HEARD_WITHIN_S", 0.2)
+    monkeypatch.setattr(gathering, "NOTIFY_WITHIN_S", 0.2)
     with (
         pytest.raises(StoreError, match="another run"),
         Gathering(LightningEnvironment(), 2, leads=True),
@@ -164,8 +164,8 @@ def test_the_first_waits_for_a_bounded_time_for_those_who_never_hear(monkeypatch
 
 
 def test_who_never_comes_is_waited_for_a_bounded_time_and_that_is_said(monkeypatch, caplog):
-    monkeypatch.setattr(gathering, "COME_WITHIN_S", 0.3)
-    monkeypatch.setattr(gathering, "SAID_AFTER_S", 0.1)
+    monkeypatch.setattr(gathering, "START_WITHIN_S", 0.3)
+    monkeypatch.setattr(gathering, "WARN_AFTER_S", 0.1)
     with (
         pytest.raises(NotGatheredError, match="some have not"),
         Gathering(LightningEnvironment(), 2, leads=False) as members,
@@ -178,7 +178,7 @@ def test_who_never_comes_is_waited_for_a_bounded_time_and_that_is_said(monkeypat
 @pytest.mark.parametrize("leads", [False, True], ids=["for the first", "for the others"])
 def test_a_process_that_waits_obeys_signals_at_once(monkeypatch, signum, leads):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    monkeypatch.setattr(gathering, "HEARD_WHEN_STOPPED_WITHIN_S", 0.1)
+    monkeypatch.setattr(gathering, "NOTIFY_WHEN_STOPPED_WITHIN_S", 0.1)
     timer = threading.Timer(0.2, os.kill, (os.getpid(), signum))
     timer.start()
     trainer, began = Trainer(), time.monotonic()
@@ -191,7 +191,7 @@ def test_a_process_that_waits_obeys_signals_at_once(monkeypatch, signum, leads):
 
     with pytest.raises(Interrupted, match=signal.Signals(signum).name):
         come()
-    assert time.monotonic() - began < gathering.HEARD_WITHIN_S / 2
+    assert time.monotonic() - began < gathering.NOTIFY_WITHIN_S / 2
 
 
 def test_torch_opens_its_own_store_where_they_have_met():
@@ -254,7 +254,7 @@ def test_other_nodes_hear_why_a_node_ends_and_nobody_waits_for_the_ended_ones(al
     for thread in threads:
         thread.join(10)
     assert ["no files" in str(end) for end in ends] == [True, True]
-    assert time.monotonic() - began < gathering.HEARD_WITHIN_S / 2
+    assert time.monotonic() - began < gathering.NOTIFY_WITHIN_S / 2
 
 
 def test_processes_that_something_else_starts_are_not_started_twice(alone, monkeypatch):
@@ -399,7 +399,7 @@ def test_a_process_that_ends_while_it_is_waited_for_ends_the_run(alone, status, 
 
 def test_ctrl_c_that_came_during_the_imports_is_obeyed_once_it_is_handled(monkeypatch):
     monkeypatch.setenv("NERVE_PARENT", str(os.getppid()))
-    monkeypatch.setattr(gathering, "HEARD_WHEN_STOPPED_WITHIN_S", 0.1)
+    monkeypatch.setattr(gathering, "NOTIFY_WHEN_STOPPED_WITHIN_S", 0.1)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
     def follow() -> None:

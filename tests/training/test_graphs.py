@@ -24,7 +24,7 @@ from nerve.storage.store import RunStore
 from nerve.training import graphs
 from nerve.training.graphs import CompiledLosses, flop_of_a_matrix, own_gradients, reason_against
 from nerve.training.module import LanguageModel
-from nerve.training.monitor import SpectralMonitor
+from nerve.training.monitor import FitMonitor
 
 VOCAB, BATCH = 11, 4
 
@@ -87,7 +87,7 @@ def fit(directory, module, n, *, accumulate=1, callbacks=(), ckpt=None, **traine
     if not directory.exists():
         RunRecord.create(directory, {}, run_id="run")
     losses = Losses()
-    monitor = SpectralMonitor(store, every_n_steps=3, source="train")
+    monitor = FitMonitor(store, every_n_steps=3, source="train")
     fitted = L.Trainer(
         **({"accelerator": "cpu"} | trainer),
         devices=1,

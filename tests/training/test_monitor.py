@@ -28,13 +28,15 @@ from nerve.errors import ConfigError, DivergedError, MeasurementError
 from nerve.measuring.eigenproblem import FFNEigenproblem
 from nerve.measuring.ffns import FFNAdapter
 from nerve.optim import Schedule
+from nerve.recording.heartbeat import Heartbeat
 from nerve.recording.solver import MOST_PENDING
 from nerve.recording.writer import logged_values, mean_values, monitored_values
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
+from nerve.training.callbacks import StepNotes
 from nerve.training.loggers import StoreLogger
 from nerve.training.module import LanguageModel
-from nerve.training.monitor import SpectralMonitor
+from nerve.training.monitor import FitMonitor
 
 VOCAB, BATCH = 13, 4
 METRICS = ["se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js"]
@@ -67,7 +69,7 @@ def fit(
     """Trains with a monitor; returns it and the rows that it stored."""
     store = RunStore(directory, "run")
     RunRecord.create(directory, {}, run_id="run")
-    callback = SpectralMonitor(store, **monitor)
+    callback = FitMonitor(store, **monitor)
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=len(train) // accumulate,
@@ -508,7 +510,7 @@ def test_a_fit_that_stops_early_and_resumes_leaves_the_rows_of_one_that_does_not
         module, train = Foreign(), batches(6)
         module.load_state_dict(weights)
         store = RunStore(tmp_path / name, "run")
-        monitor = SpectralMonitor(store, every_n_steps=2, source="train", ffns=module.ffns())
+        monitor = FitMonitor(store, every_n_steps=2, source="train", ffns=module.ffns())
         trainer = L.Trainer(
             accelerator="cpu",
             max_steps=6,
@@ -549,7 +551,7 @@ def test_a_monitor_that_fits_again_starts_from_nothing(tmp_path):
     module = make_module()
     module.__class__ = Fails
     store = RunStore(tmp_path / "b", RunRecord.create(tmp_path / "b", {}, run_id="run").run_id)
-    callback = SpectralMonitor(store, every_n_steps=2)
+    callback = FitMonitor(store, every_n_steps=2)
     with pytest.raises(RuntimeError, match="out of memory"):
         fit_again(callback, module, train, heldout, max_steps=4, max_epochs=-1)
     fit_again(callback, make_module(), train, heldout, max_steps=4, max_epochs=-1)
@@ -559,7 +561,7 @@ def test_a_monitor_that_fits_again_starts_from_nothing(tmp_path):
 def test_a_trainer_that_goes_on_keeps_the_row_that_it_had_come_to(tmp_path):
     train, heldout = batches(4), batches(2, seed=1)
     store = RunStore(tmp_path, RunRecord.create(tmp_path, {}, run_id="run").run_id)
-    callback, module = SpectralMonitor(store, every_n_steps=2), make_module()
+    callback, module = FitMonitor(store, every_n_steps=2), make_module()
     trainer = fit_again(callback, module, train, heldout, max_steps=4, max_epochs=-1)
     before = nerve.load_metrics(tmp_path)
     trainer.fit_loop.epoch_loop.max_steps = 8
@@ -573,7 +575,7 @@ def test_a_trainer_that_goes_on_keeps_the_row_that_it_had_come_to(tmp_path):
 def test_the_last_step_of_a_number_of_epochs_is_measured(tmp_path):
     store = RunStore(tmp_path, RunRecord.create(tmp_path, {}, run_id="run").run_id)
     module = Foreign()
-    callback = SpectralMonitor(store, every_n_steps=4, ffns=module.ffns())
+    callback = FitMonitor(store, every_n_steps=4, ffns=module.ffns())
     fit_again(callback, module, batches(5), batches(2, seed=1), max_epochs=2)
     assert sorted(set(nerve.load_metrics(tmp_path)["step"])) == [0, 4, 8, 10]
 
@@ -583,7 +585,7 @@ def test_epochs_that_end_within_a_window_of_accumulation_keep_to_the_cadence(tmp
     """With 5 batches per epoch, the last batch is an update by itself: 3 updates per epoch."""
     store = RunStore(tmp_path, RunRecord.create(tmp_path, {}, run_id="run").run_id)
     module = Foreign()
-    callback = SpectralMonitor(store, every_n_steps=2, ffns=module.ffns(), source=source)
+    callback = FitMonitor(store, every_n_steps=2, ffns=module.ffns(), source=source)
     windows = {"max_epochs": 2, "accumulate_grad_batches": 2}
     fit_again(callback, module, batches(5), batches(1, seed=1), **windows)
     rows = nerve.load_metrics(tmp_path)
@@ -662,25 +664,28 @@ def test_a_training_step_that_is_skipped_before_the_model_runs_is_named(tmp_path
     ("values", "message"),
     [
         ({"every_n_steps": 0}, "every_n_steps must be null or a whole number of at least 1; got 0"),
-        ({"every_n_steps": None}, "must be set, to select the measured steps; got null for both"),
+        (
+            {"every_n_steps": None},
+            "^every_n_steps or steps must be set.* null for both",
+        ),
         ({"steps": []}, r"must be a list of optimizer steps.* as in \[0,1,2,4,8\]; got \[\]"),
         ({"steps": [1, -2]}, r"whole numbers from 0.*got \[1, -2\]"),
         ({"steps": "log"}, "a spacing such as log:30 .*got 'log'"),
         ({"steps": "log:1"}, "a spacing such as log:30 .*got 'log:1'"),
-        ({"source": "held_out"}, "monitor.source must be one of heldout, train; got 'held_out'"),
-        ({"layers": "all"}, "monitor.layers must be a list or null; got 'all'"),
-        ({"shortcut": 1}, "monitor.shortcut must be true or false or a string; got 1"),
+        ({"source": "held_out"}, "^source must be one of heldout, train; got 'held_out'"),
+        ({"layers": "all"}, "^layers must be a list or null; got 'all'"),
+        ({"shortcut": 1}, "^shortcut must be true or false or a string; got 1"),
         ({"shortcut": "exact"}, "shortcut must be true, false or projected; got 'exact'"),
         ({"layers": [0], "ffns": []}, "layers must be None; got both"),
-        ({"spectra": "yes"}, "monitor.spectra must be true, false or auto; got 'yes'"),
-        ({"every_n_step": 2}, "a key of monitor must be one of .*Did you mean 'every_n_steps'"),
-        ({"skip_first": -1}, "monitor.skip_first must be a whole number of at least 0; got -1"),
+        ({"spectra": "yes"}, "^spectra must be true, false or auto; got 'yes'"),
+        ({"every_n_step": 2}, "^an argument must be one of .*Did you mean 'every_n_steps'"),
+        ({"skip_first": -1}, "^skip_first must be a whole number of at least 0; got -1"),
         ({"mask": 1}, "mask must be a function of a batch; got int 1"),
     ],
 )
 def test_bad_values_are_refused_before_training(tmp_path, values, message):
     with pytest.raises(ConfigError, match=message):
-        SpectralMonitor(RunStore(tmp_path, "run"), **values)
+        FitMonitor(RunStore(tmp_path, "run"), **values)
 
 
 class Recorder(Logger):
@@ -858,7 +863,7 @@ def test_who_resumes_leaves_no_rows_of_the_branch_that_it_abandons(
             accelerator="cpu",
             max_steps=n,
             max_epochs=-1,
-            callbacks=[SpectralMonitor(store, every_n_steps=every), *callbacks],
+            callbacks=[FitMonitor(store, every_n_steps=every), *callbacks],
             logger=[StoreLogger(store)],
             log_every_n_steps=1,
             enable_checkpointing=False,
@@ -909,14 +914,14 @@ def test_the_error_that_ends_a_run_is_not_replaced_by_what_the_ending_raises(
 
 @pytest.mark.parametrize("raises", [False, True])
 def test_a_monitor_keeps_no_model_once_the_fit_is_over(tmp_path, raises):
-    """Nor does the heartbeat: Lightning sets log methods of the module on callbacks."""
+    """Nor does what notes the step: Lightning sets log methods of the module on callbacks."""
     record = RunRecord.create(tmp_path, {})
-    monitor = SpectralMonitor(RunStore(tmp_path, record.run_id), every_n_steps=1)
-    module, heartbeat = make_module(), nerve.Heartbeat(record)
+    monitor = FitMonitor(RunStore(tmp_path, record.run_id), every_n_steps=1)
+    module, notes = make_module(), StepNotes(Heartbeat(record))
     seen = weakref.ref(module.model)
 
     def train(module: L.LightningModule) -> None:
-        callbacks = [monitor, heartbeat, *([Poison()] if raises else [])]
+        callbacks = [monitor, notes, *([Poison()] if raises else [])]
         trainer = L.Trainer(
             accelerator="cpu",
             max_steps=4,

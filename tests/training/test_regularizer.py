@@ -19,7 +19,7 @@ from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 from nerve.training.loggers import StoreLogger
 from nerve.training.module import LanguageModel
-from nerve.training.monitor import SpectralMonitor
+from nerve.training.monitor import FitMonitor
 
 VOCAB, SEQ = 13, 8
 STRONG = Regularizer("participation_ratio", -0.3)
@@ -47,7 +47,7 @@ def fit(directory: Path, module: LanguageModel, train: Batches, **arguments: Any
     """Trains with a monitor; returns the rows that it stored."""
     store = RunStore(directory, "run")
     RunRecord.create(directory, {}, run_id="run")
-    monitor = SpectralMonitor(store, every_n_steps=arguments.pop("every_n_steps", 1))
+    monitor = FitMonitor(store, every_n_steps=arguments.pop("every_n_steps", 1))
     callbacks = [monitor, *arguments.pop("callbacks", ())]
     trainer = L.Trainer(
         accelerator="cpu",

@@ -12,14 +12,14 @@ import pytest
 
 from nerve.errors import NotGatheredError, StoppedError
 from nerve.training import signals
-from nerve.training.signals import STOPPING, Interrupted, StopSignals
+from nerve.training.signals import STOP_SIGNALS, Interrupted, StopSignals
 
 
 def send(signum: int) -> None:
     os.kill(os.getpid(), signum)
 
 
-@pytest.mark.parametrize("signum", STOPPING)
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
 def test_before_training_a_signal_ends_the_run_where_it_stands(signum):
     name = signal.Signals(signum).name
     with pytest.raises(Interrupted, match=name) as stopped, StopSignals():
@@ -27,7 +27,7 @@ def test_before_training_a_signal_ends_the_run_where_it_stands(signum):
     assert stopped.value.code == 128 + signum
 
 
-@pytest.mark.parametrize("signum", STOPPING)
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
 def test_in_training_a_signal_waits_to_be_asked_for(signum):
     with StopSignals() as asked:
         asked.defer()
@@ -77,7 +77,7 @@ def test_an_error_in_what_a_signal_has_interrupted_is_part_of_that(is_deferred):
 def test_signals_that_are_held_are_only_noted():
     with StopSignals() as asked:
         asked.hold()
-        for signum in STOPPING:
+        for signum in STOP_SIGNALS:
             send(signum)
             send(signum)
         assert asked.received
@@ -125,11 +125,11 @@ def test_a_process_that_got_no_signal_stops_with_the_others():
 
 
 def test_what_handled_signals_before_does_so_again():
-    before = [signal.getsignal(signum) for signum in STOPPING]
+    before = [signal.getsignal(signum) for signum in STOP_SIGNALS]
     with StopSignals() as asked:
         asked.defer()
-        assert [signal.getsignal(signum) for signum in STOPPING] != before
-    assert [signal.getsignal(signum) for signum in STOPPING] == before
+        assert [signal.getsignal(signum) for signum in STOP_SIGNALS] != before
+    assert [signal.getsignal(signum) for signum in STOP_SIGNALS] == before
 
 
 def test_handlers_that_someone_installs_meanwhile_do_not_act():

@@ -46,14 +46,14 @@ def explain_error(error: Exception) -> str:
         if isinstance(cause, NerveError):
             return str(cause)
         cause = cause.__cause__
-    told = _without_link(text.split("\nConfig search path:")[0])
+    message = _without_link(text.split("\nConfig search path:")[0])
     if isinstance(error, OverrideParseException):
         return (
-            f"Hydra must be able to parse each override: {told}. Quote values with special "
+            f"Hydra must be able to parse each override: {message}. Quote values with special "
             "characters: \"key='value'\"."
         )
     reason = _without_link(str(error.__cause__))
-    return f"{told}\n{reason}" if isinstance(error.__cause__, Exception) else told
+    return f"{message}\n{reason}" if isinstance(error.__cause__, Exception) else message
 
 
 def explain_unresolved(

@@ -47,7 +47,7 @@ def require_types(group: str, target: Callable[..., Any], values: Mapping[str, A
     that are built first; other annotations are left to the target."""
     try:
         parameters = signature(target, eval_str=True).parameters
-    except (NameError, TypeError, ValueError):  # of one that cannot be read
+    except (NameError, TypeError, ValueError):  # an annotation that cannot be read
         return
     for name, value in values.items():
         key = f"{group}.{name}"
@@ -94,8 +94,8 @@ _ON_THE_CPU: Mapping[str, Any] = {
 
 
 def require_trainer(trainer: Mapping[str, Any], known: Collection[str]) -> None:
-    """Lets Lightning check values that it would otherwise refuse only once the data is loaded, by
-    building a trainer on the CPU if there are any besides the `known` ones."""
+    """Lets Lightning check values besides the `known` ones, if there are any, by building a trainer
+    on the CPU; otherwise it would refuse them only once the data is loaded."""
     require_arguments("trainer", class_of("trainer", trainer), trainer)
     if {name for name in trainer if not name.startswith("_")} - {*known, *_ON_THE_CPU}:
         log = logging.getLogger("lightning.pytorch")
@@ -108,8 +108,8 @@ def require_trainer(trainer: Mapping[str, Any], known: Collection[str]) -> None:
 
 
 def require_data(data: Mapping[str, Any], sizes: Mapping[str, int], seed: int) -> None:
-    """Lets our data modules check their values, and `sizes` as from `DataPlan`. Corpus, images and
-    tokenizer are not opened: they may be on another machine."""
+    """Lets nerve's data modules check their values, and `sizes`, those of `DataPlan`. Corpus,
+    images and tokenizer are not opened: they may be on another machine."""
     for name, key in _SET_BY_THE_RUN.items():
         require(
             name not in data,
@@ -130,5 +130,5 @@ def require_data(data: Mapping[str, Any], sizes: Mapping[str, int], seed: int) -
         target(**{**given, **sizes, **elsewhere}, seed=seed)
     except NerveError:
         raise
-    except Exception as error:  # of a value that has another type than its argument
+    except Exception as error:  # from a value of another type than its argument
         raise ConfigError(f"data cannot be built: {type(error).__name__}: {error}") from error

@@ -1,5 +1,6 @@
 """The parts of a run, built from its configuration: data, model, trainer."""
 
+import logging
 from collections.abc import Mapping
 from contextlib import chdir
 from pathlib import Path
@@ -16,7 +17,7 @@ from nerve.cli.config.compose import build
 from nerve.cli.experiment.machine import device_names, gpu_versions, n_processes_of
 from nerve.cli.experiment.plan import Plan
 from nerve.errors import ConfigError
-from nerve.models import MODELS, build_model, scale_pre
+from nerve.models import MODELS, build_model, model_design, scale_pre
 from nerve.optim import build_optimizer
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
@@ -24,7 +25,12 @@ from nerve.training.callbacks import RunProgressBar
 from nerve.training.checkpoint_io import CheckpointFiles
 from nerve.training.loggers import StoreLogger, wandb_id_in
 from nerve.training.module import ImageClassifier, LanguageModel, TrainedModel
-from nerve.training.monitor import SpectralMonitor
+from nerve.training.monitor import FitMonitor
+
+log = logging.getLogger(__name__)
+
+NARROW = 8
+"""Input features of an FFN below which the spectrum of pre has too few eigenvalues to compare."""
 
 TASKS: dict[str, tuple[type[TrainedModel], str]] = {
     "gpt": (LanguageModel, "tokens"),
@@ -79,6 +85,22 @@ def build_module(plan: Plan, data_dims: Mapping[str, Any]) -> TrainedModel:
     )
 
 
+def warn_of_narrow_inputs(plan: Plan, data_dims: Mapping[str, Any]) -> None:
+    """Logs the FFNs whose inputs have fewer than `NARROW` features: token mixing of few patches."""
+    design = model_design(plan.values, **data_dims)
+    for name in design.FFNS:
+        d_in, d_ff = design.ffn_widths(name)
+        if d_in < min(NARROW, d_ff):
+            log.warning(
+                "%s: its inputs have %d features, so at most %d of the %d eigenvalues of pre are "
+                "not 0; for more patches, lower model.patch_size or raise data.image_size",
+                name,
+                d_in,
+                d_in,
+                d_ff,
+            )
+
+
 def scale_pre_activations(plan: Plan, module: TrainedModel, data: Any) -> dict[str, float]:
     """Scales the pre-activations of a newly initialized model to `model.pre_std`, if that is set.
 
@@ -129,24 +151,25 @@ def build_trainer(
     return trainer
 
 
-def build_monitor(plan: Plan, store: RunStore | None) -> SpectralMonitor:
-    """The monitor of the configuration; `store` as in `SpectralMonitor`."""
-    return SpectralMonitor(store, **plan.monitor.settings)
+def build_monitor(plan: Plan, store: RunStore | None) -> FitMonitor:
+    """The monitor of the configuration; `store` as in `FitMonitor`."""
+    return FitMonitor(store, **plan.monitor.settings)
 
 
 def log_configuration(trainer: L.Trainer, plan: Plan) -> None:
     """Passes the configuration to the loggers, which starts those that write to a service.
 
     Raises:
-        ConfigError: when one cannot start, for want of a login, say.
+        ConfigError: if one cannot start, for example without a login.
     """
     for logger in trainer.loggers:
         try:
             logger.log_hyperparams(dict(plan.values))
-        except Exception as error:  # it may be about anything
+        except Exception as error:  # it may be of any kind
+            reason = str(error).strip().rstrip(".") or type(error).__name__
             raise ConfigError(
-                f"A logger must be able to start; {type(logger).__name__} could not: "
-                f"{str(error).rstrip('.')}. Fix that, or choose another with logger=csv."
+                f"A logger must be able to start; {type(logger).__name__} could not: {reason}. "
+                "Fix that, or choose another with logger=csv."
             ) from error
 
 

@@ -1,8 +1,8 @@
 """Checks of a configuration as a whole, in addition to what each group checks itself.
 
 Every check is one of `nerve.config` or of `require`: it raises `ConfigError` with the rule, what
-was received and the likely fix. None needs the data; of the machine, one asks which packages are
-installed.
+was received and the likely fix. None needs the data, and the only one that depends on the machine
+asks which packages are installed.
 """
 
 import math
@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from nerve.cli.config.compose import CONF
 from nerve.cli.experiment.arguments import class_of
-from nerve.cli.experiment.groups import seq_len_of
+from nerve.cli.experiment.group_plans import seq_len_of
 from nerve.cli.experiment.trainer import TrainerPlan
 from nerve.config import (
     require,
@@ -34,7 +34,7 @@ from nerve.recording.settings import MonitorSettings
 LOGGERS = ("tensorboard", "wandb")
 """Options of `logger` that need a package; the package and the extra have the same name."""
 
-GROUPS = (
+CONFIG_GROUPS = (
     "model",
     "normalization",
     "activation",
@@ -49,7 +49,7 @@ GROUPS = (
     "logger",
     "callbacks",
 )
-SINGLE = ("seed", "threads", "compile", "resume", "check", "retry", "objective")
+SINGLE_KEYS = ("seed", "threads", "compile", "resume", "check", "retry", "objective")
 
 MOST_THREADS = 4096
 """More than any machine has; each thread needs memory."""
@@ -66,7 +66,7 @@ ELEMENTWISE = frozenset(
 )
 """Elementwise optimizers, which do not depend on the shape of a parameter."""
 
-FLAGS = ("compile", "retry", "check")
+BOOLEAN_KEYS = ("compile", "retry", "check")
 
 
 # Before the values are resolved, because that fails in OmegaConf's words if groups do not match
@@ -79,7 +79,7 @@ def require_whole(config: Mapping[str, Any]) -> None:
     Args:
         config: as plain values, with interpolations as strings.
     """
-    for key in (*GROUPS, *SINGLE):
+    for key in (*CONFIG_GROUPS, *SINGLE_KEYS):
         require(
             key in config,
             f"A configuration has all of its values; {key} is missing. Leave ~{key} out.",
@@ -89,7 +89,7 @@ def require_whole(config: Mapping[str, Any]) -> None:
 
 def require_groups(config: Mapping[str, Any]) -> None:
     """Refuses a single value in place of a group; an interpolation may become a group."""
-    for key in GROUPS:
+    for key in CONFIG_GROUPS:
         if not _is_interpolation(config[key]):
             require_group(key, config[key])
 
@@ -155,7 +155,7 @@ def _missing(values: Any, prefix: str = "") -> list[str]:
 
 def require_single_values(values: Mapping[str, Any]) -> None:
     """Refuses values outside of the groups that are out of range."""
-    for key in FLAGS:
+    for key in BOOLEAN_KEYS:
         require_type(key, values[key], bool)
     seed, threads = values["seed"], values["threads"]
     require(

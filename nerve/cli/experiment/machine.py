@@ -13,13 +13,13 @@ from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.utilities import rank_zero_only
 
 from nerve import cores
-from nerve.cli.experiment.groups import seq_len_of
+from nerve.cli.experiment.group_plans import seq_len_of
 from nerve.cli.experiment.plan import Plan
 from nerve.cli.experiment.trainer import n_devices_of
 from nerve.config import require
 from nerve.measuring.projection import PROJECTED
-from nerve.metric_names import GROUPS
 from nerve.optim import Dion, parameter_roles
+from nerve.sites_and_groups import GROUPINGS
 from nerve.storage.provenance import nvidia_driver
 from nerve.training.gathering import Gathering
 from nerve.training.launching import environment_of
@@ -165,9 +165,9 @@ def _n_covariances(plan: Plan) -> int:
     """Number of matrix entries for all measured FFNs: pre and post, their groups, and the sites
     around them."""
     total, monitor = 0, plan.monitor
-    n_groups = sum(len(GROUPS[name]) for name in monitor.groups) + bool(monitor.groups)
+    n_groups = sum(len(GROUPINGS[name]) for name in monitor.groups) + bool(monitor.groups)
     for d_in, width in plan.model.ffn_widths:
-        # Of 16-bit features pre itself is taken, not the input, unless it is to be projected.
+        # For 16-bit features, pre itself is measured, not the input, unless it is to be projected.
         is_exact = plan.trainer.has_exact_features or monitor.shortcut == PROJECTED
         of_input = monitor.shortcut and is_exact
         of_ffn = width**2 + (d_in if of_input else width) ** 2

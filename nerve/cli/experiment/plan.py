@@ -27,7 +27,7 @@ from nerve.cli.experiment.checks import (
     require_whole,
     require_whole_matrices,
 )
-from nerve.cli.experiment.groups import (
+from nerve.cli.experiment.group_plans import (
     DataPlan,
     ModelPlan,
     MonitorPlan,
@@ -159,7 +159,7 @@ def check_objective(name: str, kind: str) -> None:
     """Refuses a name for which a run with a model of that kind has no number.
 
     Raises:
-        ConfigError: with the good names.
+        ConfigError: with the valid names.
     """
     if name not in SCORES[kind]:
         require_choice("objective", name, objectives(kind))

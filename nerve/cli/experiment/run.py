@@ -9,9 +9,12 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.conf import HydraConf
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from nerve import cores
+from nerve.cli.console import print_all_letters
+from nerve.cli.directories import SingleRunDirectory, TrialDirectory
 from nerve.cli.experiment.build import (
     build_data,
     build_module,
@@ -22,6 +25,7 @@ from nerve.cli.experiment.build import (
     describe,
     log_configuration,
     scale_pre_activations,
+    warn_of_narrow_inputs,
 )
 from nerve.cli.experiment.machine import (
     check_machine,
@@ -34,11 +38,12 @@ from nerve.cli.experiment.summary import final_scores, finish, objective_of
 from nerve.config import pasted
 from nerve.errors import DataError, NotGatheredError, StoppedError, StoreError, noted
 from nerve.files import remove_temporaries
-from nerve.measuring.distributed import knowing_others, leave
+from nerve.measuring.departures import knowing_others, leave
+from nerve.recording.heartbeat import Heartbeat
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
-from nerve.training.callbacks import Heartbeat
+from nerve.training.callbacks import StepNotes
 from nerve.training.checkpoint_callback import Checkpointing
 from nerve.training.checkpoint_files import check_checkpoint
 from nerve.training.checkpoint_io import CheckpointFiles, require_other_files
@@ -59,25 +64,27 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
 
     Returns:
         What `objective` names, by default the final validation loss in nats per target. Of several
-        processes only the one that records the run knows more than the loss.
+        processes, only the one that records the run knows more than the loss.
 
     Raises:
         NerveError: for errors that the user can fix; a run that had begun is recorded as failed.
         Interrupted: when a signal asked it to stop; it is recorded as interrupted.
     """
+    print_all_letters()  # Hydra's handler logs to stdout
     plan = Plan.of(config)
-    # What launches processes may say why it ends all of them.
+    # Lightning's launcher may still log why it ends all processes.
     for name in ("lightning.fabric.utilities", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (".*LeafSpec", ".*`srun` command is available"):  # Lightning's
         warnings.filterwarnings("ignore", message=message)
-    run = RunDirectory(hydra_config.runtime.output_dir)
+    is_trial = hydra_config.mode == RunMode.MULTIRUN
+    run = (TrialDirectory if is_trial else SingleRunDirectory)(hydra_config.runtime.output_dir)
     with gathering_of(plan.values["trainer"]) as gathering:
         # Of several processes, rank 0 records; it started the others with its directory.
         is_first = leads(plan.values["trainer"])
         if is_first and is_done(run, config):
             return objective_of(run, plan.objective)
-        if not is_first:  # what all have in common, the first says
+        if not is_first:  # the first one logs what they have in common
             logging.getLogger("nerve").setLevel(logging.WARNING)
         check_machine(plan)
         require_other_files(plan.callbacks, run)
@@ -109,7 +116,7 @@ def _follow(plan: Plan, run: RunDirectory, signals: StopSignals, gathering: Gath
         signals.hold()
         leave(interrupted)  # if a second signal came before the fit could say so
         signals.hand_on()
-        # A launcher takes another exit status of a process that it started for a crash.
+        # A launcher regards any other exit status of a process that it started as a crash.
         raise SystemExit(0) from interrupted
 
 
@@ -117,9 +124,8 @@ def _lead(
     plan: Plan, run: RunDirectory, record: RunRecord, signals: StopSignals, gathering: Gathering
 ) -> None:
     """Runs the process that records how the run ends."""
-    heartbeat = Heartbeat(record)
     try:
-        with heartbeat, signals.of_all():
+        with Heartbeat(record) as heartbeat, signals.of_all():
             _run(plan, run, record, signals, heartbeat, gathering)
     except BaseException as error:
         signals.hold()
@@ -129,14 +135,15 @@ def _lead(
             log.warning("%s; to resume: nerve-run %s", str(error), pasted("resume", run.path))
             signals.hand_on()
         raise
-    if signals.received:  # when the run had ended: nothing is left to save, but the command stops
+    if signals.received:  # after the run: nothing is left to save, but the command stops
         signals.hand_on()
         signals.stop()
 
 
 def _give_up(record: RunRecord | None, error: NotGatheredError) -> None:
-    """Says and records that a run fails whose main thread waits for a process that has failed."""
-    os.write(2, f"nerve-run: {error}\n".encode())  # sys.stderr may be in the middle of a write
+    """Prints and records that the run fails; its main thread still waits for a failed process."""
+    text = f"nerve-run: {error}\n".encode(errors="backslashreplace")
+    os.write(2, text)  # sys.stderr may be in the middle of a write
     if record:
         _record_end(record, error)
 
@@ -166,7 +173,7 @@ def _run(
     monitor = build_monitor(plan, store)
     files = CheckpointFiles()
     saving = Checkpointing(files, run, plan.checkpoint, signals, store)
-    callbacks = [monitor, saving, *([heartbeat] if heartbeat else [])]
+    callbacks = [monitor, saving, *([StepNotes(heartbeat)] if heartbeat else [])]
     trainer = build_trainer(plan, run.path, store, callbacks, files, gathering.environment)
     gathering.start_others(trainer)  # now, so that they do the following at the same time
 
@@ -175,11 +182,12 @@ def _run(
     saving.data_dims = data_dims_of(data, plan.model.kind)
     module = build_module(plan, saving.data_dims)
     last = run.checkpoint("last")
-    # A run that goes on has its weights in the checkpoint, and the factors in its record.
+    # A resumed run has its weights in the checkpoint, and the factors in its record.
     pre_scales = {} if last.exists() else scale_pre_activations(plan, module, data)
     if record and store:
         _prepare(run, record, store, data)
         describe(record, module, data, trainer, pre_scales)
+        warn_of_narrow_inputs(plan, saving.data_dims)
     log_configuration(trainer, plan)
     gathering.before(trainer)
     try:

@@ -37,7 +37,7 @@ def start(run: RunDirectory, config: DictConfig, hydra_config: HydraConf) -> Run
     values = resolved(config)
     is_new = run.record is None
     if is_new:
-        _save(run, config, hydra_config)  # first: the record says that all of a start is there
+        _save(run, config, hydra_config)  # first: a record means that the start is complete
     is_trial = hydra_config.mode == RunMode.MULTIRUN
     record = run.create_or_resume(
         values,

@@ -52,7 +52,7 @@ def finish(
     the results.
 
     Args:
-        final: as the record has it.
+        final: the final values for the record.
         reason: why training ended before its last step; None if it did not.
         rows: those of the last measurement.
     """

@@ -135,8 +135,8 @@ def require_devices(trainer: Mapping[str, Any]) -> None:
 
 
 def _starts_the_command(strategy: Mapping[str, Any]) -> bool:
-    """Whether a strategy starts the command again for each device, not a copy of the process that
-    trains: a copy would not know the files of the run."""
+    """Whether a strategy starts the command again for each device; the alternative, a copy of the
+    process that trains, would not know the files of the run."""
     return strategy.get("start_method", "popen") == "popen"
 
 

@@ -19,7 +19,7 @@ from nerve.cli.probing.places import (
     is_on_hub,
     name_of,
 )
-from nerve.cli.probing.source import Asked, Checkpoint, Data
+from nerve.cli.probing.source import Checkpoint, Data, ProbeArguments
 from nerve.cli.probing.steps import steps_of
 from nerve.config import require, require_left
 from nerve.data.corpus import Corpus, python_source
@@ -31,9 +31,7 @@ from nerve.measuring.find import find_ffns
 from nerve.measuring.found import FoundFFNs
 from nerve.measuring.groups import Grouped
 from nerve.measuring.streams import UNLABELED, count_tokens
-
-SAMPLES_PER_FEATURE = 8
-"""Tokens measured per feature of the widest FFN."""
+from nerve.metric_names import SAMPLES_PER_DIMENSION
 
 LONGEST = 1024
 """Tokens per sequence, if the model accepts as many."""
@@ -48,23 +46,23 @@ class Folders:
     """A transformers model, or a series of its checkpoints.
 
     Args:
-        asked: the arguments of the command.
+        args: the arguments of the command.
 
     Raises:
         DataError: for what cannot be a model.
         ConfigError: for invalid steps, device or dtype.
     """
 
-    def __init__(self, asked: Asked) -> None:
-        self._asked = asked
-        self._device = device_of(asked.device)
-        self._dtype = dtype_of(asked.dtype)
-        places = expanded(asked.models)
+    def __init__(self, args: ProbeArguments) -> None:
+        self._args = args
+        self._device = device_of(args.device)
+        self._dtype = dtype_of(args.dtype)
+        places = expanded(args.models)
         self._refused = _refused(places)
         remote = [place for place in places if is_on_hub(place)]
-        if asked.tokenizer is not None and is_on_hub(asked.tokenizer, "A tokenizer is a folder"):
-            remote.append(asked.tokenizer)
-        steps = steps_of(places, asked.steps)
+        if args.tokenizer is not None and is_on_hub(args.tokenizer, "A tokenizer is a folder"):
+            remote.append(args.tokenizer)
+        steps = steps_of(places, args.steps)
         self.name = name_of(places)
         self.checkpoints = sorted(map(Checkpoint, steps, places))
         self._transformers = import_extra("transformers", "hf", "A model of transformers")
@@ -102,7 +100,7 @@ class Folders:
 
     def find(self, model: nn.Module) -> FoundFFNs:
         """The requested FFNs."""
-        layers, select = self._asked.layers, self._asked.select
+        layers, select = self._args.layers, self._args.select
         n_tokens = min(16, self._seq_len(model))
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(n_embedded(model), (2, n_tokens), generator=generator)
@@ -117,14 +115,14 @@ class Folders:
             DataError: for a tokenizer that is missing, or another model's, and text that cannot
                 be read or is too short.
         """
-        asked, seq_len = self._asked, self._seq_len(model)
-        skip_first, batch_size = asked.skip_first or 0, asked.batch_size or BATCH_SIZE
+        args, seq_len = self._args, self._seq_len(model)
+        skip_first, batch_size = args.skip_first or 0, args.batch_size or BATCH_SIZE
         require_left("--skip-first", skip_first, "--seq-len", seq_len)
         table = ffns.table()
-        n_tokens = asked.n_tokens or SAMPLES_PER_FEATURE * int(table["d_ff"].max())
+        n_tokens = args.n_tokens or SAMPLES_PER_DIMENSION * int(table["d_ff"].max())
         tokenizer = self._tokenizer()
         n_sequences = math.ceil(n_tokens / seq_len)
-        corpus = _corpus(asked)
+        corpus = _corpus(args)
         text = pack(corpus, tokenizer, seq_len=seq_len, n_sequences=n_sequences)
         if text.sequences.max() >= n_embedded(model):
             raise DataError(
@@ -134,14 +132,14 @@ class Folders:
             )
         ids = torch.from_numpy(text.sequences).to(self._device)
         batches = [_batch(model, part) for part in ids.split(batch_size)]
-        groups, sites = asked.groups or (), asked.sites or ()
+        groups, sites = args.groups or (), args.sites or ()
         counts = count_tokens(batches) if "frequency" in groups else None
         dtype = next(model.parameters()).dtype
         probe = {
             "n_tokens": ids.numel(),
             "seq_len": seq_len,
             "batch_size": batch_size,
-            **asked.as_recorded(dtype, skip_first, groups, sites, text.fingerprints),
+            **args.as_recorded(dtype, skip_first, groups, sites, text.fingerprints),
         }
         return Data(
             batches=batches,
@@ -199,7 +197,7 @@ class Folders:
     def _tokenizer(self) -> Any:
         """The requested one, or that of the first checkpoint that has one."""
         own = [each.place for each in self.checkpoints if each.place not in self._refused]
-        places = own if self._asked.tokenizer is None else [self._asked.tokenizer]
+        places = own if self._args.tokenizer is None else [self._args.tokenizer]
         errors = []
         for place in places:
             where, extra = arguments_of(place)
@@ -219,14 +217,14 @@ class Folders:
     def _seq_len(self, model: nn.Module) -> int:
         """The requested length, or by default what the model accepts, up to `LONGEST`."""
         longest = getattr(text_config(model), "max_position_embeddings", None)
-        if self._asked.seq_len is None:
+        if self._args.seq_len is None:
             return min(LONGEST, longest or LONGEST)
         require(
-            longest is None or self._asked.seq_len <= longest,
+            longest is None or self._args.seq_len <= longest,
             f"--seq-len must not exceed the positions of the model, {longest}; got "
-            f"{self._asked.seq_len}.",
+            f"{self._args.seq_len}.",
         )
-        return self._asked.seq_len
+        return self._args.seq_len
 
     def _forward(self, model: nn.Module) -> Callable[[nn.Module, Any], object]:
         """Returns the forward function, which gives a loss only for causal language models."""
@@ -268,8 +266,8 @@ def _batch(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     return batch
 
 
-def _corpus(asked: Asked) -> Corpus:
-    return python_source() if asked.text is None else text_files(asked.text)
+def _corpus(args: ProbeArguments) -> Corpus:
+    return python_source() if args.text is None else text_files(args.text)
 
 
 def _first_line(error: Exception) -> str:

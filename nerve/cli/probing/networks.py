@@ -40,10 +40,10 @@ def columns(model: nn.Module, ffns: FoundFFNs) -> dict[str, Any]:
         "seq_len": "max_position_embeddings",
         "vocab_size": "vocab_size",
     }
-    said = {name: getattr(config, key, None) for name, key in sizes.items()}
+    own_sizes = {name: getattr(config, key, None) for name, key in sizes.items()}
     activations = (getattr(config, name, None) for name in _ACTIVATION)
     return {
-        "model": {"kind": config.model_type, "class": type(model).__name__, **said},
+        "model": {"kind": config.model_type, "class": type(model).__name__, **own_sizes},
         "activation": {"name": next((each for each in activations if each), None)},
         "normalization": {"kind": _normalization(model)},
         "ffn": {name: _only(table[name].tolist()) for name in ("d_ff", "gated")},

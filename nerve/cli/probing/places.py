@@ -9,12 +9,13 @@ from typing import Any
 
 from nerve.config import require
 from nerve.errors import DataError
+from nerve.storage.identity import is_of_nerve_run
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?")
 
 _MEASURED_BY = {"probe": "nerve-probe", "measure": "nerve.measure"}
-"""What each tool writes into the configuration of its runs, and nerve-run does not."""
+"""The key that each tool adds to the configuration of its runs."""
 
 
 def expanded(models: Sequence[str]) -> list[str]:
@@ -129,7 +130,7 @@ def check_keeps_weights(directory: Path, config: Mapping[str, Any]) -> None:
         DataError: naming the tool that wrote the run.
     """
     written = next((name for key, name in _MEASURED_BY.items() if key in config), None)
-    if written is None and "trainer" not in config:
+    if written is None and not is_of_nerve_run(config):
         written = "nerve.watch"
     if written is not None:
         raise DataError(

@@ -11,8 +11,9 @@ from torch import nn
 
 from nerve.analysis.load import load_metrics
 from nerve.cli.console import say, say_next
+from nerve.cli.directories import ProbeDirectory
 from nerve.cli.experiment.summary import print_summary
-from nerve.cli.probing.source import Asked, Checkpoint, Data, Source
+from nerve.cli.probing.source import Checkpoint, Data, ProbeArguments, Source
 from nerve.errors import DataError, NerveError, NotFiniteError, StoreError
 from nerve.measuring.found import FoundFFNs
 from nerve.measuring.measure import How
@@ -26,7 +27,7 @@ from nerve.recording.measured_run import (
     weights_of,
 )
 from nerve.storage.identity import config_id
-from nerve.storage.record import RECORD_NAME
+from nerve.storage.record_file import RECORD_NAME
 
 OUTPUTS = Path("outputs", "probe")
 """The default parent directory of runs."""
@@ -35,15 +36,15 @@ _SHOWN = 5
 """The most checkpoints that a message names."""
 
 
-def source_of(asked: Asked) -> Source:
+def source_of(args: ProbeArguments) -> Source:
     """The source to probe. Raises `NerveError` if there cannot be one."""
-    if any(Path(model, RECORD_NAME).is_file() for model in asked.models):
+    if any(Path(model, RECORD_NAME).is_file() for model in args.models):
         from nerve.cli.probing.runs import KeptCheckpoints  # Hydra and Lightning
 
-        return KeptCheckpoints(asked)
+        return KeptCheckpoints(args)
     from nerve.cli.probing.folders import Folders
 
-    return Folders(asked)
+    return Folders(args)
 
 
 class Opened(NamedTuple):
@@ -59,7 +60,7 @@ def listing(source: Source, progress: Progress) -> str:
     return str(_first(source, {}, progress).ffns)
 
 
-def probe(source: Source, asked: Asked, *, output: str | None, progress: Progress) -> None:
+def probe(source: Source, args: ProbeArguments, *, output: str | None, progress: Progress) -> None:
     """Measures what has not been measured yet, and prints the layers of the last step.
 
     Checkpoints of a series that cannot be loaded, or whose features are not finite, are left out:
@@ -67,7 +68,7 @@ def probe(source: Source, asked: Asked, *, output: str | None, progress: Progres
 
     Args:
         source: what is probed.
-        asked: the arguments of the command.
+        args: the arguments of the command.
         output: the run directory; None for one named after the model and the arguments.
         progress: receives the progress of checkpoints, batches and eigenproblems.
 
@@ -81,7 +82,7 @@ def probe(source: Source, asked: Asked, *, output: str | None, progress: Progres
         say(f"not measured; if it is an FFN, describe it by hand: {line}")
     data, table = source.data(now.model, now.ffns), now.ffns.table()
     directory = Path(output or OUTPUTS / f"{source.name}-{config_id(data.config)}")
-    before = measured_of(directory, data.config)
+    before = measured_of(ProbeDirectory(directory), data.config)
     left = _left(source.checkpoints, before)
     damaged = {each: damaged[each] for each in left if each in damaged}  # others are measured
     left = [each for each in left if each not in damaged]
@@ -89,7 +90,7 @@ def probe(source: Source, asked: Asked, *, output: str | None, progress: Progres
     try:
         if left or damaged or not before.is_done:
             with measured_run(
-                directory, data.config, asked.spectra, resume=True, **data.record
+                directory, data.config, args.spectra, resume=True, **data.record
             ) as run:
                 assert run is not None  # in a single process
                 for number, checkpoint in enumerate(left):
@@ -100,7 +101,7 @@ def probe(source: Source, asked: Asked, *, output: str | None, progress: Progres
                         now = _loaded(source, checkpoint, damaged)
                     if now is not None:
                         _require_alike(now, table)
-                        n_new += _measure(run, now, data, asked.memory, progress)
+                        n_new += _measure(run, now, data, args.memory, progress)
                         now = None
                 if damaged:
                     incomplete = _incomplete(damaged, len(source.checkpoints))
@@ -180,7 +181,6 @@ def _measure(
         )
 
     def tell(what: str, done: int, total: int | None) -> None:
-        run.beat()
         progress(f"step {step}: {what}", done, total)
 
     measure_one(

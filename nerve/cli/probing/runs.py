@@ -11,7 +11,7 @@ from nerve.cli.experiment.build import build_data
 from nerve.cli.experiment.plan import Plan
 from nerve.cli.probing.machine import device_of, dtype_of
 from nerve.cli.probing.places import check_keeps_weights
-from nerve.cli.probing.source import Asked, Checkpoint, Data
+from nerve.cli.probing.source import Checkpoint, Data, ProbeArguments
 from nerve.config import require, require_left
 from nerve.errors import DataError
 from nerve.measuring.find import find_ffns
@@ -27,7 +27,7 @@ class KeptCheckpoints:
     """The weights that a run has kept, or the last ones if it was not asked to keep any.
 
     Args:
-        asked: the arguments of the command; the only model is the run directory.
+        args: the arguments of the command; the only model is the run directory.
 
     Raises:
         StoreError: for a run without checkpoints.
@@ -35,20 +35,20 @@ class KeptCheckpoints:
         ConfigError: for arguments that only apply to models without held-out data.
     """
 
-    def __init__(self, asked: Asked) -> None:
-        given = [f"--{name.replace('_', '-')}" for name in _OF_TEXT if getattr(asked, name)]
+    def __init__(self, args: ProbeArguments) -> None:
+        given = [f"--{name.replace('_', '-')}" for name in _OF_TEXT if getattr(args, name)]
         require(
             not given,
             f"A run is probed at its stored steps, on its own held-out data; got "
             f"{', '.join(given)}. Leave that out.",
         )
         require(
-            len(asked.models) == 1,
-            f"One run is probed at a time; got {', '.join(asked.models)}. Give one directory.",
+            len(args.models) == 1,
+            f"One run is probed at a time; got {', '.join(args.models)}. Give one directory.",
         )
-        self._asked = asked
-        self._device, self._dtype = device_of(asked.device), dtype_of(asked.dtype)
-        self._run = RunDirectory(asked.models[0])
+        self._args = args
+        self._device, self._dtype = device_of(args.device), dtype_of(args.dtype)
+        self._run = RunDirectory(args.models[0])
         self._record = self._run.require_record()
         check_keeps_weights(self._run.path, self._record.config)
         # Callbacks and loggers are not needed, and may not be installed here.
@@ -61,7 +61,8 @@ class KeptCheckpoints:
         ] or [self._last()]
 
     def _last(self) -> Checkpoint:
-        """The last checkpoint, with its own step: that of the run is later, unless it is done."""
+        """The last checkpoint, with its own step; unless the run is done, the run's step is
+        later."""
         last = self._run.checkpoint("last")
         step = step_of(last) if last.exists() else self._record.step  # `load` says what is missing
         return Checkpoint(step, str(last))
@@ -76,8 +77,8 @@ class KeptCheckpoints:
 
     def find(self, model: nn.Module) -> FoundFFNs:
         """The requested FFNs; by default those that the run measures."""
-        layers = self._asked.layers or self._plan.monitor.layers
-        return find_ffns(model, layers=layers, select=self._asked.select)
+        layers = self._args.layers or self._plan.monitor.layers
+        return find_ffns(model, layers=layers, select=self._args.select)
 
     def data(self, model: nn.Module, ffns: FoundFFNs) -> Data:
         """The held-out data of the run.
@@ -85,7 +86,7 @@ class KeptCheckpoints:
         Raises:
             DataError: if they have changed.
         """
-        plan, record, asked = self._plan, self._record, self._asked
+        plan, record, args = self._plan, self._record, self._args
         data = build_data(plan)
         if data.fingerprints != record.fingerprints:
             raise DataError(
@@ -94,7 +95,7 @@ class KeptCheckpoints:
                 "the old data."
             )
         own = plan.monitor.skip_first
-        skip_first = own if asked.skip_first is None else asked.skip_first
+        skip_first = own if args.skip_first is None else args.skip_first
         dtype = next(model.parameters()).dtype
 
         def placed(tensor: Any) -> Any:
@@ -105,9 +106,9 @@ class KeptCheckpoints:
             require_left("--skip-first", skip_first, "data.seq_len", batches[0][0].shape[1])
         _, targets = next(iter(data.train_dataloader()))
         n_targets = targets.numel() * plan.trainer.accumulate_grad_batches
-        groups = tuple(plan.monitor.groups) if asked.groups is None else asked.groups
-        sites = tuple(plan.monitor.sites) if asked.sites is None else asked.sites
-        probe = asked.as_recorded(dtype, skip_first, groups, sites, data.fingerprints)
+        groups = tuple(plan.monitor.groups) if args.groups is None else args.groups
+        sites = tuple(plan.monitor.sites) if args.sites is None else args.sites
+        probe = args.as_recorded(dtype, skip_first, groups, sites, data.fingerprints)
         return Data(
             batches=batches,
             forward=_loss_of,

@@ -14,11 +14,11 @@ from nerve.config import require_count, require_path, require_several
 from nerve.measuring.found import FoundFFNs
 from nerve.measuring.groups import NOT_GROUPED, Grouped
 from nerve.measuring.passes import bytes_of
-from nerve.metric_names import AROUND, GROUPS
+from nerve.sites_and_groups import AROUND, GROUPINGS
 
 
 @dataclass(frozen=True)
-class Asked:
+class ProbeArguments:
     """The arguments of the command; None leaves a choice to the model.
 
     Attributes:
@@ -32,7 +32,7 @@ class Asked:
         spectra: whether to store eigenvalues.
         memory: limit for the matrices held at once, as in `nerve.measure`.
         steps: of the models, in their order.
-        groups: groupings of the samples whose groups are measured by themselves, too.
+        groups: groupings of the samples whose groups are also measured separately.
         sites: what is measured around the nonlinearity.
 
     Raises:
@@ -63,7 +63,7 @@ class Asked:
             for path in given:
                 require_path(name, path)
         least = {"n_tokens": 1, "seq_len": 2, "batch_size": 1, "skip_first": 0}
-        require_several("--groups", self.groups or (), GROUPS)
+        require_several("--groups", self.groups or (), GROUPINGS)
         require_several("--sites", self.sites or (), AROUND)
         if self.memory is not None:
             bytes_of(self.memory)
@@ -122,9 +122,9 @@ class Data:
     """What all models of a series share.
 
     Attributes:
-        batches: on the device; they can be gone through again and again.
+        batches: on the device; they can be iterated repeatedly.
         forward: runs a model on a batch, and returns its loss if there is one.
-        config: the configuration of the run but for the weights.
+        config: the configuration of the run, without the weights.
         record: further fields of its record, such as `fingerprints`.
         skip_first, shortcut: of the measurement.
         tokens_seen: by a model at a step.

@@ -15,11 +15,11 @@ from rich.table import Table
 
 from nerve.cli.config.overrides import refuse_merged
 from nerve.cli.console import console, fail, say
+from nerve.cli.directories import SingleRunDirectory
 from nerve.cli.sweep.grid import Trial
-from nerve.cli.sweep.table import SweepError, counted, found_of, n_trials
+from nerve.cli.sweep.table import SweepError, counted, label_before, n_trials
 from nerve.config import require
 from nerve.errors import NerveError
-from nerve.storage.directory import RunDirectory
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -96,7 +96,7 @@ def check_experiment(config: DictConfig) -> None:
     from nerve.cli.experiment.plan import Plan
     from nerve.training.checkpoint_io import require_other_files
 
-    run = RunDirectory(_directory(config))
+    run = SingleRunDirectory(_directory(config))
     trial = Trial(0, list(config.hydra.overrides.task), config, run)
     trial.plan = Plan.of(trial.run_config())
     run.require_same(trial.plan.values)
@@ -141,7 +141,7 @@ def preview(folder: Path, trials: Sequence[Trial]) -> None:
             str(trial.number),
             " ".join(each for each in trial.overrides if not each.startswith("check="))
             or "no overrides",
-            found_of(trial),
+            label_before(trial),
             "–" if n is None else f"{n:,}",
             "–" if memory is None else _size(memory),
         )

@@ -65,9 +65,9 @@ def _check_job(trainer: Mapping[str, Any], launcher: Mapping[str, Any]) -> None:
             f"SLURM starts one process per device; {of} needs hydra.launcher.{key}={expected}, got "
             f"{launcher[key]}.",
         )
-    asked = launcher.get("additional_parameters") or {}
-    _check_options(asked)
-    more = {name.replace("_", "-") for name, value in asked.items() if value}
+    options = launcher.get("additional_parameters") or {}
+    _check_options(options)
+    more = {name.replace("_", "-") for name, value in options.items() if value}
     if trainer["accelerator"] == "cpu" or launcher.get("gres") or more & _GPUS_OF_SBATCH:
         return
     a_task = launcher.get("gpus_per_task") or 0

@@ -95,7 +95,7 @@ class Trial:
 
 
 MOST_TRIALS = 100_000
-"""Composing that many trials takes minutes; more are hardly meant."""
+"""Composing that many trials takes minutes; more are hardly intended."""
 
 
 def combinations(overrides: Sequence[Override]) -> list[list[str]]:

@@ -28,11 +28,11 @@ GRACE_S = 120.0
 COMMAND = [sys.executable, "-P", "-c", "from nerve.cli.entry import trial; trial()"]
 POLL_S = 0.1
 LOG_NAME = "output.log"
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-FROM_OUTSIDE = (signal.SIGKILL, *STOPPING)
+SWEEP_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+OUTSIDE_SIGNALS = (signal.SIGKILL, *SWEEP_STOP_SIGNALS)
 """Signals that do not indicate an error of the trial they end."""
 
-ASKED_TO_STOP = (128 + signal.SIGINT, -signal.SIGINT)
+STOPPED_STATUSES = (128 + signal.SIGINT, -signal.SIGINT)
 """The exit statuses of a trial that stopped on request; the second one is that of a process that
 had just started."""
 
@@ -61,7 +61,7 @@ class StopRequests(SignalsHandled):
         return self._received
 
     def _signums(self) -> Iterable[int]:
-        return [each for each in STOPPING if signal.getsignal(each) != signal.SIG_IGN]
+        return [each for each in SWEEP_STOP_SIGNALS if signal.getsignal(each) != signal.SIG_IGN]
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self._received.append(signum)
@@ -220,8 +220,8 @@ class _Process:
         run = self.trial.run
         run_status = run.record.run_status if run.record else None
         if run.n_starts == self._n_starts:  # it never began
-            asked = status in ASKED_TO_STOP and self._error is None
-            return asked or run_status in ("done", "failed")
+            was_stopped = status in STOPPED_STATUSES and self._error is None
+            return was_stopped or run_status in ("done", "failed")
         # If it was stopped for a reason, only this process knows it.
         return run_status != "running" and (run_status != "interrupted" or self._error is None)
 
@@ -290,7 +290,7 @@ def _error(status: int) -> NerveError:
     if status >= 0:
         return CrashedError(f"its process ended with exit status {status} before the run did")
     name = signal.Signals(-status).name
-    if -status not in FROM_OUTSIDE:
+    if -status not in OUTSIDE_SIGNALS:
         why = ", which a failed GPU can cause: its output says more" if name == "SIGABRT" else ""
         return CrashedError(f"its process ended with {name}{why}")
     why = ", by hand or by the system for lack of memory" if -status == signal.SIGKILL else ""

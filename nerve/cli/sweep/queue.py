@@ -11,11 +11,11 @@ from pathlib import Path
 
 from nerve.errors import NerveError
 
-SENT = "_nerve.json"
+SUBMISSION_SUFFIX = "_nerve.json"
 """Suffix of the file next to submitit's own that says what a job was submitted for. submitit's
 files are pickles: reading one from a shared folder would run whatever somebody put into it."""
 
-ENDING = "CG"  # completing: its processes are being ended, or have just been
+COMPLETING = "CG"  # completing: its processes are being ended, or have just been
 
 ANSWERS_WITHIN_S = 60
 """Clients of a controller that is down would wait."""
@@ -64,7 +64,7 @@ def squeue(cluster: str | None) -> list[str]:
     return [*limited, "env", *filters, *command]
 
 
-def ask(command: list[str]) -> dict[str, QueuedJob]:
+def query_queue(command: list[str]) -> dict[str, QueuedJob]:
     """The jobs in the queue, by id.
 
     Raises:
@@ -75,12 +75,12 @@ def ask(command: list[str]) -> dict[str, QueuedJob]:
     except (subprocess.CalledProcessError, OSError) as error:
         raise NerveError(
             "The jobs of a sweep are looked up with squeue, on a machine of the cluster; "
-            f"{_said(error)}. Try again."
+            f"{_describe_failure(error)}. Try again."
         ) from error
-    return parsed(answer.stdout)
+    return parse_queue(answer.stdout)
 
 
-def parsed(answer: str) -> dict[str, QueuedJob]:
+def parse_queue(answer: str) -> dict[str, QueuedJob]:
     """Parses the output of `squeue`."""
     lines = (line.split(maxsplit=2) for line in answer.splitlines())
     return {
@@ -90,21 +90,21 @@ def parsed(answer: str) -> dict[str, QueuedJob]:
     }
 
 
-def ended(job_id: str) -> str | None:
+def final_state(job_id: str) -> str | None:
     """The final state of a job, such as TIMEOUT; None once SLURM has forgotten it."""
     command = ["scontrol", "show", "job", job_id]
     try:
-        told = subprocess.run(
+        output = subprocess.run(
             command, capture_output=True, text=True, timeout=ANSWERS_WITHIN_S, check=True
         )
     except (subprocess.SubprocessError, OSError):
         return None
-    state = re.search(r"\bJobState=(\w+)", told.stdout)
+    state = re.search(r"\bJobState=(\w+)", output.stdout)
     return state[1] if state else None
 
 
 @dataclass(frozen=True)
-class Sent:
+class Submission:
     """What a job was submitted for.
 
     Attributes:
@@ -116,12 +116,12 @@ class Sent:
     overrides: tuple[str, ...]
 
 
-def read_sent(file: Path) -> Sent | None:
+def read_submission(file: Path) -> Submission | None:
     """The content of the file next to submitit's; None if it cannot be read: a trial submitted
     twice still runs only once."""
     try:
         content = json.loads(file.read_bytes())
-        return Sent(str(content["folder"]), tuple(map(str, content["overrides"])))
+        return Submission(str(content["folder"]), tuple(map(str, content["overrides"])))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -133,7 +133,7 @@ def cluster_of(launcher: Mapping[str, object]) -> str | None:
     return None if named is None else str(named)
 
 
-def _said(error: Exception) -> str:
+def _describe_failure(error: Exception) -> str:
     if isinstance(error, subprocess.CalledProcessError):
         if error.returncode == 124:  # of timeout(1)
             return f"it did not answer within {ANSWERS_WITHIN_S} s"

@@ -15,14 +15,14 @@ from typing import Any
 from nerve.cli.config.compose import SUBMITIT_SLURM
 from nerve.cli.console import say
 from nerve.cli.sweep.queue import (
-    ENDING,
-    SENT,
+    COMPLETING,
+    SUBMISSION_SUFFIX,
     QueuedJob,
-    ask,
     cluster_of,
-    ended,
-    parsed,
-    read_sent,
+    final_state,
+    parse_queue,
+    query_queue,
+    read_submission,
     squeue,
 )
 from nerve.errors import NerveError
@@ -34,7 +34,7 @@ _LONGEST_PAUSE_S = 60  # between queries of the queue
 _LONGEST_ENDING_S = 120
 
 
-class SentJobs:
+class SubmittedJobs:
     """The jobs that a sweep has submitted to SLURM through submitit's launcher, in this or earlier
     commands.
 
@@ -51,13 +51,13 @@ class SentJobs:
         self._folder = os.path.abspath(folder)
         self._overrides: dict[str, list[str]] = {}
         self._files: Path | None = None
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         if launcher["_target_"] == SUBMITIT_SLURM:
             self._files = Path(launcher["submitit_folder"])
             self._squeue = squeue(cluster_of(launcher))
             _require_internals()
-            _make_submitit_say_what_it_sends(self._folder)
-            _make_submitit_ask_the_queue(self._squeue, self._tell)
+            _make_submitit_record_submissions(self._folder)
+            _make_submitit_query_the_queue(self._squeue, self._report_blocked)
 
     def open(self) -> dict[str, str]:
         """The ids of the jobs that are queued or running, by each override that they were given.
@@ -72,22 +72,22 @@ class SentJobs:
     def settle(self) -> None:
         """Returns once SLURM is not ending any of the jobs, or after two minutes.
 
-        A run that was told to stop stays until it is killed, because SLURM requeues a job only
-        then; until then it is unknown whether its job will return.
+        A run that was asked to stop waits to be killed, because SLURM requeues a job only then;
+        until then it is unknown whether its job will return.
         """
         until = time.monotonic() + _LONGEST_ENDING_S
-        said = False
+        is_reported = False
         while (ending := self._ending()) and time.monotonic() < until:
-            if not said:
+            if not is_reported:
                 say(
                     f"SLURM is ending {', '.join(sorted(ending))}; waiting to see which jobs return"
                 )
-            said = True
+            is_reported = True
             time.sleep(1.0)
 
     def _ending(self) -> list[str]:
         try:
-            return [job_id for job_id, job in self._queue().items() if job.state == ENDING]
+            return [job_id for job_id, job in self._queue().items() if job.state == COMPLETING]
         except NerveError:  # callers that need an answer ask again
             return []
 
@@ -108,13 +108,13 @@ class SentJobs:
     def ended(self, override: str) -> str | None:
         """How the last job that was given the override ended, for a trial that it did not start;
         None if SLURM has forgotten it."""
-        for job_id, file in self._sent().items():
-            self._know(job_id, file)
+        for job_id, file in self._submission_files().items():
+            self._load_submission(job_id, file)
         ids = [job_id for job_id, given in self._overrides.items() if override in given]
         if not ids:
             return None
         job_id = max(ids, key=lambda each: [int(n) for n in re.findall(r"\d+", each)])
-        state = ended(job_id)
+        state = final_state(job_id)
         if state is None:
             return None
         why = " (see hydra.launcher.timeout_min)" if state == "TIMEOUT" else ""
@@ -122,41 +122,43 @@ class SentJobs:
 
     def _queue(self) -> dict[str, QueuedJob]:
         """The jobs of the sweep that are in the queue, by id."""
-        files = self._sent()
+        files = self._submission_files()
         known = files.keys() | self._overrides.keys()
         if not known:
             return {}
-        queue = ask(self._squeue)
+        queue = query_queue(self._squeue)
         for job_id in files.keys() & queue.keys():
-            self._know(job_id, files[job_id])
+            self._load_submission(job_id, files[job_id])
         mine = {job_id: queue[job_id] for job_id in self._overrides.keys() & queue.keys()}
-        self._tell({job_id: job for job_id, job in mine.items() if self._overrides[job_id]})
+        self._report_blocked(
+            {job_id: job for job_id, job in mine.items() if self._overrides[job_id]}
+        )
         return mine
 
-    def _know(self, job_id: str, file: Path) -> None:
-        if job_id not in self._overrides and (sent := read_sent(file)) is not None:
+    def _load_submission(self, job_id: str, file: Path) -> None:
+        if job_id not in self._overrides and (submission := read_submission(file)) is not None:
             # Sweeps may share the folder of these files.
-            mine = sent.folder == self._folder
-            self._overrides[job_id] = list(sent.overrides) if mine else []
+            mine = submission.folder == self._folder
+            self._overrides[job_id] = list(submission.overrides) if mine else []
 
-    def _tell(self, queue: Mapping[str, QueuedJob]) -> None:
+    def _report_blocked(self, queue: Mapping[str, QueuedJob]) -> None:
         """Reports each job that needs intervention, once."""
         for job_id, job in sorted(queue.items()):
-            if job.waits_for_ever and job_id not in self._told:
-                self._told.add(job_id)
+            if job.waits_for_ever and job_id not in self._reported:
+                self._reported.add(job_id)
                 say(
                     f"job {job_id} will not start without intervention "
                     f"({job.reason or job.state}): fix the cause, then scontrol release {job_id}, "
                     f"or scancel {job_id}"
                 )
 
-    def _sent(self) -> dict[str, Path]:
+    def _submission_files(self) -> dict[str, Path]:
         """The file kept for each job, by the job's id."""
         if self._files is None:
             return {}
-        pattern = f"{self._files.name.replace('%j', '*')}/*{SENT}"
+        pattern = f"{self._files.name.replace('%j', '*')}/*{SUBMISSION_SUFFIX}"
         files = self._files.parent.glob(pattern)
-        return {path.name.removesuffix(SENT): path for path in files}
+        return {path.name.removesuffix(SUBMISSION_SUFFIX): path for path in files}
 
 
 def _require_internals() -> None:
@@ -183,7 +185,7 @@ def _require_internals() -> None:
         )
 
 
-def _make_submitit_say_what_it_sends(folder: str) -> None:
+def _make_submitit_record_submissions(folder: str) -> None:
     """Makes submitit, in this process, write what each job is for next to its own files."""
     from submitit.slurm.slurm import SlurmExecutor
 
@@ -192,22 +194,26 @@ def _make_submitit_say_what_it_sends(folder: str) -> None:
     process = getattr(process, "__wrapped__", process)  # from an earlier sweep in this process
 
     @functools.wraps(process)
-    def process_and_say(executor: Any, submissions: list[Any]) -> list[Any]:
+    def process_and_record(executor: Any, submissions: list[Any]) -> list[Any]:
         jobs = process(executor, submissions)
         for job, submission in zip(jobs, submissions, strict=True):
-            _say(Path(job.paths.folder, f"{job.job_id}{SENT}"), folder, submission.args[0])
+            _write_submission(
+                Path(job.paths.folder, f"{job.job_id}{SUBMISSION_SUFFIX}"),
+                folder,
+                submission.args[0],
+            )
         return jobs
 
-    submitit._internal_process_submissions = process_and_say
+    submitit._internal_process_submissions = process_and_record
 
 
-def _say(path: Path, folder: str, overrides: Sequence[str]) -> None:
+def _write_submission(path: Path, folder: str, overrides: Sequence[str]) -> None:
     content = json.dumps({"folder": folder, "overrides": list(overrides)})
     write_atomically(path, lambda file: file.write(content.encode()))
 
 
-def _make_submitit_ask_the_queue(
-    command: list[str], tell: Callable[[Mapping[str, QueuedJob]], None]
+def _make_submitit_query_the_queue(
+    command: list[str], report_blocked: Callable[[Mapping[str, QueuedJob]], None]
 ) -> None:
     """Makes submitit, in this process, regard a job as ended once it is not in the queue."""
     from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
@@ -217,9 +223,9 @@ def _make_submitit_ask_the_queue(
             return command
 
         def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
-            queue = parsed(string if isinstance(string, str) else string.decode())
+            queue = parse_queue(string if isinstance(string, str) else string.decode())
             waited_for = self._registered - self._finished
-            tell({job_id: queue[job_id] for job_id in waited_for & queue.keys()})
+            report_blocked({job_id: queue[job_id] for job_id in waited_for & queue.keys()})
             return {
                 job_id: {"State": "RUNNING" if job_id in queue else "ENDED"}
                 for job_id in waited_for

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from nerve.cli.console import say
+from nerve.cli.directories import TrialDirectory
 from nerve.errors import StoreError
 from nerve.storage.directory import RunDirectory
-from nerve.storage.record import RECORD_NAME
+from nerve.storage.record_file import RECORD_NAME
 from nerve.storage.state import RunState
 
 
@@ -18,7 +19,7 @@ class StoredRuns:
 
     def at(self, path: Path) -> RunDirectory:
         """The unique object for the directory `path`."""
-        return self._runs.setdefault(path, RunDirectory(path))
+        return self._runs.setdefault(path, TrialDirectory(path))
 
     def run_of(self, own: RunDirectory, config_id: str) -> RunDirectory:
         """Where the run of `config_id` is, in the sweep that contains the directory `own`.

@@ -22,7 +22,7 @@ from nerve.cli.console import say
 from nerve.cli.sweep.check import check_swept, preview
 from nerve.cli.sweep.grid import Trial, combinations, compose_grid, plan_trials
 from nerve.cli.sweep.local import LOG_NAME, run_here
-from nerve.cli.sweep.slurm import SentJobs
+from nerve.cli.sweep.slurm import SubmittedJobs
 from nerve.cli.sweep.table import SweepTable, n_starts
 from nerve.config import pasted, quoted, require, require_count, require_group, require_type
 from nerve.cores import allowed
@@ -46,8 +46,8 @@ class TrialSweeper(Sweeper):
     has submitted to a cluster and whose jobs are queued or running are waited for. How the trials
     ended is read from their directories.
 
-    On this machine each trial runs in its own process. Hydra's launcher `basic` stands for that;
-    any other launcher gets the trials that are left to do and not yet submitted.
+    On this machine each trial runs in its own process. Hydra's launcher `basic` means this; any
+    other launcher gets the trials that are left to do and not yet submitted.
 
     Args:
         n_jobs: how many trials run side by side on this machine; -1 for as many as it has cores.
@@ -123,7 +123,7 @@ class TrialSweeper(Sweeper):
         launcher = resolved(self.config.hydra.launcher)
         self._check_launcher(launcher)
         folder = Path(str(self.config.hydra.sweep.dir))
-        jobs = None if launcher["_target_"] == BASIC else SentJobs(launcher, folder)
+        jobs = None if launcher["_target_"] == BASIC else SubmittedJobs(launcher, folder)
         if jobs is not None:
             jobs.settle()
         loader = self.hydra_context.config_loader
@@ -151,8 +151,8 @@ class TrialSweeper(Sweeper):
             signum = run_here(to_do, self._n_jobs, self._timeout_s, table.starting, table.ended)
             table.end(signum)
         else:
-            sent = [trial for trial in trials if trial.job is not None]
-            table.end(*self._hand_over(to_do, sent, jobs))
+            submitted = [trial for trial in trials if trial.job is not None]
+            table.end(*self._hand_over(to_do, submitted, jobs))
 
     def _grid(self, arguments: Sequence[str]) -> Sequence[Sequence[str]]:
         """The overrides of each trial."""
@@ -194,29 +194,31 @@ class TrialSweeper(Sweeper):
         )
 
     def _hand_over(
-        self, trials: Sequence[Trial], sent: Sequence[Trial], jobs: SentJobs
+        self, trials: Sequence[Trial], submitted: Sequence[Trial], jobs: SubmittedJobs
     ) -> tuple[int | None, list[Exception]]:
         """Passes trials to the launcher, and records how they and those submitted earlier ended.
 
         Returns a signal that asked to stop, and the errors of the launcher.
         """
-        before = {trial.number: n_starts(trial) for trial in (*trials, *sent)}
+        before = {trial.number: n_starts(trial) for trial in (*trials, *submitted)}
         errors: list[Exception] = []
         signum: int | None = None
         try:
             self._launch(trials, jobs, errors)
-            jobs.wait({_place(trial) for trial in sent})
-            _wait_for_silence([*trials, *sent])
+            jobs.wait({_place(trial) for trial in submitted})
+            _wait_for_silence([*trials, *submitted])
         except KeyboardInterrupt:
             errors.append(NerveError("no longer waiting; submitted jobs continue"))
             signum = signal.SIGINT
-        for trial in (*trials, *sent):
+        for trial in (*trials, *submitted):
             _refuse_other_values(trial)
             if signum is None and n_starts(trial) == before[trial.number]:
                 trial.start_error = jobs.ended(_place(trial))
         return signum, errors
 
-    def _launch(self, trials: Sequence[Trial], jobs: SentJobs, errors: list[Exception]) -> None:
+    def _launch(
+        self, trials: Sequence[Trial], jobs: SubmittedJobs, errors: list[Exception]
+    ) -> None:
         """Lets the launcher run the trials, and adds its errors to `errors`."""
         assert self.launcher is not None
         size = self._max_batch_size or max(1, len(trials))
@@ -247,7 +249,7 @@ def _refuse_devices(trial: Trial, launcher: Mapping[str, Any]) -> None:
             trial.rejected_because = str(error)
 
 
-def _find_jobs(trials: Sequence[Trial], jobs: SentJobs) -> None:
+def _find_jobs(trials: Sequence[Trial], jobs: SubmittedJobs) -> None:
     """Finds the jobs that an earlier command has submitted for trials and that will still run
     them."""
     ended = (RunState.DONE, RunState.FAILED)
@@ -264,7 +266,7 @@ def _find_jobs(trials: Sequence[Trial], jobs: SentJobs) -> None:
 
 
 def _wait_for_silence(trials: Sequence[Trial]) -> None:
-    """Waits up to a minute, during which a run whose node was lost looks alive because its last
+    """Waits up to a minute, because a run whose node was lost looks alive as long as its last
     heartbeat is recent."""
     until = time.monotonic() + FRESH.total_seconds()
     while time.monotonic() < until and any(map(_is_alive, trials)):

@@ -13,7 +13,7 @@ from nerve.errors import NerveError, StoreError, first_line
 from nerve.storage.record import RunRecord
 from nerve.storage.state import RunState
 
-FOUND = {
+STATE_LABELS = {
     RunState.NEW: "new",
     RunState.INTERRUPTED: "interrupted",
     RunState.DEAD: "killed",
@@ -21,7 +21,7 @@ FOUND = {
     RunState.DONE: "done",
     RunState.ALIVE: "running elsewhere",
 }
-DEED = {
+ACTIONS = {
     RunState.NEW: "run",
     RunState.INTERRUPTED: "resumed",
     RunState.DEAD: "resumed",
@@ -73,7 +73,7 @@ class SweepTable:
         self._n_started += 1
         say(
             f"[{self._n_started}/{self._n_to_do}] {self._labels[trial.number]} "
-            f"({DEED[trial.state_before]} in {trial.directory})"
+            f"({ACTIONS[trial.state_before]} in {trial.directory})"
         )
 
     def ended(self, trial: Trial) -> None:
@@ -81,8 +81,8 @@ class SweepTable:
         self._ended.append(trial)
         state, record, reason = _ending(trial)
         loss = f", validation loss {figure(record.final.get('val_loss'))}" if record else ""
-        said = f"done{loss}" if state == RunState.DONE else reason
-        say(f"{self._labels[trial.number]}: {said}")
+        outcome = f"done{loss}" if state == RunState.DONE else reason
+        say(f"{self._labels[trial.number]}: {outcome}")
 
     def end(self, signum: int | None = None, errors: Sequence[Exception] = ()) -> None:
         """Prints the summary.
@@ -113,7 +113,7 @@ class SweepTable:
             table.add_row(
                 str(trial.number),
                 self._labels[trial.number],
-                self._deed(trial),
+                self._action(trial),
                 state,
                 record.progress if record and known else "",
                 figure(record.final.get("val_loss")) if record and known else "",
@@ -127,7 +127,7 @@ class SweepTable:
         if reasons or signum is not None:
             self._raise(reasons, signum, errors)
 
-    def _deed(self, trial: Trial) -> str:
+    def _action(self, trial: Trial) -> str:
         if trial.rejected_because is not None:
             return "refused"
         if trial.duplicate_of is not None:
@@ -137,7 +137,7 @@ class SweepTable:
         if not trial.is_to_do:
             return "skipped"
         started = n_starts(trial) > self._starts[trial.number]
-        return DEED[trial.state_before] if started else "not started"
+        return ACTIONS[trial.state_before] if started else "not started"
 
     def _raise(
         self, reasons: dict[str, list[Trial]], signum: int | None, errors: Sequence[Exception]
@@ -148,7 +148,8 @@ class SweepTable:
             names = [f"{trial.number} ({self._labels[trial.number]})" for trial in trials]
             lines.append(f"  {_some(names)}: {reason}")
         for error in errors:
-            # submitit's message goes on with the whole log of the job; its first line has the path.
+            # submitit's message continues with the whole log of the job; its first line has the
+            # path.
             lines.append(f"  the launcher: {first_line(error)}")
         lines.append(
             "Repeat the command to run what is not done; retry=true includes failed trials."
@@ -165,10 +166,10 @@ def _ending(trial: Trial) -> tuple[str, RunRecord | None, str]:
     except StoreError as error:
         return "unreadable", None, str(error)
     if record is None:
-        reason = "not started" if state == RunState.NEW else FOUND[state]
+        reason = "not started" if state == RunState.NEW else STATE_LABELS[state]
         return state, None, trial.start_error or reason
     why = "; ".join(filter(None, [error_text(record.error), trial.start_error]))
-    return state, record, f"{FOUND[state]}: {why}" if why else FOUND[state]
+    return state, record, f"{STATE_LABELS[state]}: {why}" if why else STATE_LABELS[state]
 
 
 def n_starts(trial: Trial) -> int:
@@ -196,19 +197,19 @@ def _some(names: Sequence[str]) -> str:
     return f"{', '.join(names[:SHOWN])}{more}"
 
 
-def found_of(trial: Trial) -> str:
+def label_before(trial: Trial) -> str:
     """What was found of a trial before the sweep."""
     if trial.rejected_because is not None:
         return "refused"
     if trial.duplicate_of is not None:
         return f"same as {trial.duplicate_of}"
-    return "submitted before" if trial.job is not None else FOUND[trial.state_before]
+    return "submitted before" if trial.job is not None else STATE_LABELS[trial.state_before]
 
 
 def counted(trials: Sequence[Trial]) -> str:
     """How many trials were found in which state: `2 new, 1 done`."""
     kinds = Counter(
-        "repeated" if found.startswith("same as") else found for found in map(found_of, trials)
+        "repeated" if found.startswith("same as") else found for found in map(label_before, trials)
     )
     return ", ".join(f"{n} {kind}" for kind, n in kinds.items())
 

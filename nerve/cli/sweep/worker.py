@@ -2,8 +2,8 @@
 
 The configuration comes on stdin.
 
-Whatever happens to such a process, it cannot affect other trials; and it saves and stops when its
-parent process is gone.
+Nothing that happens to such a process affects other trials. It saves and stops when its parent
+process is gone.
 """
 
 import os
@@ -94,7 +94,8 @@ def record_end(
 
 
 def main() -> None:
-    """Runs the trial whose configuration comes on stdin, which stays open while it is wanted."""
+    """Runs the trial whose configuration comes on stdin, which stays open as long as the trial is
+    wanted."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     with open(STDIN, "rb", buffering=0, closefd=False) as stdin:
         line = stdin.readline()
@@ -110,7 +111,7 @@ def main() -> None:
 
 
 def _run(config: DictConfig) -> bool:
-    """Runs the trial as Hydra runs a job; whether it was done."""
+    """Runs the trial as Hydra runs a job; returns whether it was done."""
     done = False
 
     def task(task_config: DictConfig) -> None:

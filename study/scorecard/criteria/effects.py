@@ -9,7 +9,7 @@ from scipy.stats import rankdata
 
 from criteria import values as v
 from criteria.measured import Measured
-from nerve.analysis.estimate import Estimate, contrast, correlation, slope_difference
+from nerve.analysis.estimate import Estimate, contrast, correlation_estimate, slope_difference
 
 Value = Callable[[Measured], np.ndarray]
 """One number per run, shape (run,), or one per run and step."""
@@ -66,7 +66,7 @@ def beyond_the_start(series: Value) -> Effect:
 
     def estimate(runs: Measured) -> Estimate:
         own = series(runs)
-        return correlation(v.final(own), -v.final(runs.loss), [own[:, 0]])
+        return correlation_estimate(v.final(own), -v.final(runs.loss), [own[:, 0]])
 
     return estimate
 
@@ -79,6 +79,6 @@ def ranks_the_designs(value: Value) -> Effect:
 
     def estimate(runs: Measured) -> Estimate:
         means = [v.design_means(runs, each) for each in (value(runs), -v.final(runs.loss))]
-        return correlation(rankdata(means[0]), rankdata(means[1]))
+        return correlation_estimate(rankdata(means[0]), rankdata(means[1]))
 
     return estimate

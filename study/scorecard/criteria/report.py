@@ -70,7 +70,7 @@ def page(judged: Sequence[Judged]) -> str:
         "## The core checks\n",
         markdown(
             ["check", "what must hold", "effect", "above", "requires", "permutes", "paper"],
-            [_asked(check) for check in (*CHECKS, *OURS)],
+            [_check_row(check) for check in (*CHECKS, *OURS)],
         ),
         "\nReasons for the choice of effects:\n",
         *(f"- `{check.id}`: {check.why}" for check in (*CHECKS, *OURS) if check.why),
@@ -89,21 +89,21 @@ def page(judged: Sequence[Judged]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _asked(check: CoreCheck) -> Sequence[str]:
+def _check_row(check: CoreCheck) -> Sequence[str]:
     least = number(check.smallest, 2) if check.smallest else "0"
-    asks = f"{check.seeds} {check.unit}; {check.scale}"
-    return [f"`{check.id}`", check.states, check.effect, least, asks, check.labels, check.paper]
+    requires = f"{check.seeds} {check.unit}; {check.scale}"
+    return [f"`{check.id}`", check.states, check.effect, least, requires, check.labels, check.paper]
 
 
 def _claim(judged: Sequence[Judged], claim: int) -> str:
     own = of_claim(judged, claim)
-    said = []
+    sentences = []
     for each in own:
         passed = f", passes_null: {', '.join(each.passes_null)}" if each.passes_null else ""
         lacks = f", lacking {', '.join(each.missing)}" if each.missing else ""
-        said.append(f"`{each.check.id}` {each.outcome}{lacks}{passed}")
+        sentences.append(f"`{each.check.id}` {each.outcome}{lacks}{passed}")
     mark = " (exploratory)" if any(each.exploratory for each in own) else ""
-    return f"**{outcome(own)}**{mark}: {'; '.join(said)}"
+    return f"**{outcome(own)}**{mark}: {'; '.join(sentences)}"
 
 
 def _found(each: Judged) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""A group that takes one option refuses a list, which would be merged into one run."""
+"""The options of groups: one is chosen where one is taken, and what they share is the same."""
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -175,3 +175,15 @@ def test_a_start_with_shipped_files_alone_composes_no_further_defaults(
     monkeypatch.setattr(ConfigLoaderImpl, "compute_defaults_list", lambda *_: pytest.fail("done"))
     assert run("seed=1")[0] == 0
     assert len(experiments) == 1
+
+
+def test_presets_share_the_keys_that_do_not_distinguish_them():
+    """Each is written out, since a file for the common part would be an option of its own."""
+    texts = [path.read_text() for path in (CONF / "data").glob("*.yaml")]
+    of_text = {text.partition("\nseq_len:")[2] for text in texts if "TextDataModule" in text}
+    of_images = {text.partition("\nbatch_size:")[2] for text in texts if "ImageData" in text}
+    optimizers = [path.read_text() for path in (CONF / "optimizer").glob("*.yaml")]
+    schedules = {text.partition("\nschedule:")[2] for text in optimizers}
+    rests = {text.partition("\n  rest:")[2] for text in optimizers} - {""}
+    assert len(of_text) == len(schedules) == len(rests) == 1
+    assert len({text.partition("\n")[2] for text in of_images}) == 1

@@ -5,8 +5,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support import composed
 
-from nerve.cli.experiment.build import build_data, counts
+from nerve.cli.experiment.build import build_data, counts, warn_of_narrow_inputs
 from nerve.cli.experiment.plan import Plan
 
 
@@ -68,3 +69,12 @@ def test_counts_precede_their_names_and_other_values_follow_theirs():
     assert counts(described) == (
         "corpus digits, 1,433 train images, 28.1 train epochs, image size 8"
     )
+
+
+@pytest.mark.parametrize(("size", "n_named"), [(4, 1), (6, 0)])
+def test_token_mixing_of_few_patches_is_named(caplog, size, n_named):
+    """Patches of 2 × 2 pixels: 4 are too few, 9 are not."""
+    plan = Plan.of(composed("model=mixer_tiny", "logger=none"))
+    warn_of_narrow_inputs(plan, {"image_size": size, "n_channels": 1, "n_classes": 10})
+    expected = "token_mixing: its inputs have 4 features, so at most 4 of the 128 eigenvalues"
+    assert caplog.text.count(expected) == len(caplog.records) == n_named

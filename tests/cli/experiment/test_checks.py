@@ -80,7 +80,7 @@ BAD_GPT = [
     ),
     (
         ["regularizer=participation_ratio", "regularizer.site=input"],
-        ["regularizer.site must be one of post, pre; got 'input'"],
+        ["regularizer.site must be one of pre, post; got 'input'"],
     ),
     (
         ["regularizer=participation_ratio", "regularizer.weight=a"],

@@ -25,5 +25,5 @@ def test_a_run_that_waits_for_a_process_that_is_gone_is_recorded(
 
 
 def test_a_process_that_does_not_record_the_run_only_says_so(capfd):
-    _give_up(None, NotGatheredError("the first one ended"))
-    assert capfd.readouterr().err == "nerve-run: the first one ended\n"
+    _give_up(None, NotGatheredError("caf\udce9 is full"))
+    assert capfd.readouterr().err == "nerve-run: caf\\udce9 is full\n"

@@ -174,7 +174,7 @@ def test_a_failed_run_is_restarted_only_on_request(run, tiny, stop_at, go_on, mo
     status, _, err = run(*tiny)
     assert status == 1
     assert "failed with DataError: the batch is rotten" in err
-    assert "retry=true" in err
+    assert "add retry=true, or choose another directory with hydra.run.dir=…." in err
     assert {path: time for path, time in files().items() if path.name != ".lock"} == {
         path: time for path, time in before.items() if path.name != ".lock"
     }

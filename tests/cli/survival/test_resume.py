@@ -13,7 +13,7 @@ from processes import ended, ranks
 import nerve
 from nerve.cli.experiment import build
 from nerve.errors import ConfigError
-from nerve.measuring.distributed import BELIEVED_AFTER_S
+from nerve.measuring.messages import BELIEVED_AFTER_S
 from nerve.models import build_model
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord

@@ -11,7 +11,7 @@ import submitit
 from submitit.slurm.slurm import SlurmExecutor
 
 from nerve.cli.config.compose import SUBMITIT_SLURM
-from nerve.cli.sweep.slurm import SentJobs
+from nerve.cli.sweep.slurm import SubmittedJobs
 from nerve.errors import NerveError
 
 PROCESS = SlurmExecutor._internal_process_submissions
@@ -66,17 +66,17 @@ def jobs(tmp_path, queue):
     """Three tasks of an array and a single job, all submitted."""
     for number, job_id in enumerate(["7_0", "7_1", "7_2", "9"]):
         send(tmp_path, job_id, "activation=gelu", place(number))
-    return SentJobs(launcher(tmp_path), tmp_path)
+    return SubmittedJobs(launcher(tmp_path), tmp_path)
 
 
 def test_internals_that_another_submitit_lacks_are_named(monkeypatch, tmp_path):
     """It is not bounded: hydra-submitit-launcher accepts any later version."""
     monkeypatch.setattr(submitit.SlurmJob, "watcher", SimpleNamespace(_registered=set()))
     with pytest.raises(NerveError, match=r"submitit \S+ lacks watcher\._finished\."):
-        SentJobs(launcher(tmp_path), tmp_path)
+        SubmittedJobs(launcher(tmp_path), tmp_path)
     monkeypatch.delattr(submitit.slurm.slurm, "SlurmExecutor")
     with pytest.raises(NerveError, match=r"lacks SlurmExecutor\._internal_process_submissions"):
-        SentJobs(launcher(tmp_path), tmp_path)
+        SubmittedJobs(launcher(tmp_path), tmp_path)
 
 
 def test_jobs_in_the_queue_are_open(jobs, queue):
@@ -156,7 +156,7 @@ def test_the_cluster_to_which_jobs_are_submitted_is_asked(tmp_path, queue, monke
         monkeypatch.setenv("SBATCH_CLUSTERS", "far")
     calls = queue("7_0:R")
     send(tmp_path, "7_0", place(0))
-    SentJobs(launcher(tmp_path, additional_parameters=options), tmp_path).open()
+    SubmittedJobs(launcher(tmp_path, additional_parameters=options), tmp_path).open()
     assert "--clusters=far" in calls.read_text()
 
 
@@ -171,7 +171,7 @@ def test_a_job_whose_overrides_cannot_be_read_is_not_known(tmp_path, queue, cont
     queue("7_0:R 7_1:R")
     send(tmp_path, "7_0", place(0)).write_bytes(content)
     send(tmp_path, "7_1", place(1))
-    assert SentJobs(launcher(tmp_path), tmp_path).open() == {place(1): "7_1"}
+    assert SubmittedJobs(launcher(tmp_path), tmp_path).open() == {place(1): "7_1"}
 
 
 class Evil:
@@ -193,7 +193,7 @@ def test_nothing_in_the_folder_of_jobs_is_executed(tmp_path, queue):
         path.with_name(f"{job_id}_submitted.pkl").write_bytes(evil)
         if job_id == "9":
             path.write_bytes(evil)
-    opened = SentJobs(launcher(tmp_path), tmp_path).open()
+    opened = SubmittedJobs(launcher(tmp_path), tmp_path).open()
     assert not (tmp_path / "made").exists()
     assert opened == {place(0): "7_0"}
     pickle.loads(evil)
@@ -208,13 +208,13 @@ def test_jobs_that_submitit_submitted_are_known_to_the_next_command(tmp_path, qu
         (tmp_path / name).write_text("#!/bin/sh\necho Submitted batch job 21\n")
         (tmp_path / name).chmod(0o755)
     for folder in (tmp_path / "other", tmp_path):
-        SentJobs(launcher(folder), folder)
+        SubmittedJobs(launcher(folder), folder)
     executor = SlurmExecutor(launcher(tmp_path)["submitit_folder"])
     given = [[["activation=gelu", place(number)] for number in range(n_jobs)], range(n_jobs)]
     executor.map_array(print, *given)
     ids = ["21"] if n_jobs == 1 else ["21_0", "21_1", "21_2"]
     queue(" ".join(f"{job_id}:PD" for job_id in ids))
-    opened = SentJobs(launcher(tmp_path), tmp_path).open()
+    opened = SubmittedJobs(launcher(tmp_path), tmp_path).open()
     assert [opened[place(number)] for number in range(n_jobs)] == ids
 
 
@@ -226,14 +226,14 @@ def test_without_an_answer_from_the_queue_nothing_is_submitted(jobs, queue):
 
 def test_the_queue_is_not_asked_if_nothing_was_submitted(tmp_path, queue):
     queue("no socket")
-    assert SentJobs(launcher(tmp_path), tmp_path).open() == {}
+    assert SubmittedJobs(launcher(tmp_path), tmp_path).open() == {}
 
 
 def test_the_users_filters_of_squeue_do_not_hide_jobs(tmp_path, queue, monkeypatch):
     monkeypatch.setenv("SQUEUE_PARTITION", "gpu")
     calls = queue("7_0:R")
     send(tmp_path, "7_0", place(0))
-    SentJobs(launcher(tmp_path), tmp_path).open()
+    SubmittedJobs(launcher(tmp_path), tmp_path).open()
     (asked,) = calls.read_text().splitlines()
     assert "gpu" not in asked
     assert "--all" in asked
@@ -255,7 +255,7 @@ def test_submitit_regards_a_job_as_ended_once_it_left_the_queue(jobs, queue, tmp
 
 def test_the_jobs_of_other_launchers_are_not_known(queue, tmp_path):
     calls = queue("7_0:R")
-    jobs = SentJobs({"_target_": "hydra_plugins.ray.RayLauncher"}, tmp_path)
+    jobs = SubmittedJobs({"_target_": "hydra_plugins.ray.RayLauncher"}, tmp_path)
     assert jobs.open() == {}
     jobs.wait({place(0)})
     assert not calls.exists()
@@ -305,7 +305,7 @@ def test_a_queue_that_does_not_answer_in_time_is_an_error(jobs, queue, tmp_path,
     queue("7_0:R")
     (tmp_path / "squeue").write_text("#!/bin/sh\nexec sleep 60\n")
     monkeypatch.setattr("nerve.cli.sweep.queue.ANSWERS_WITHIN_S", 0.2)
-    slow = SentJobs(launcher(tmp_path), tmp_path)
+    slow = SubmittedJobs(launcher(tmp_path), tmp_path)
     with pytest.raises(NerveError, match=r"it did not answer within 0\.2 s"):
         slow.open()
     submitit.SlurmJob(launcher(tmp_path)["submitit_folder"], "7_0").watcher.update()  # returns

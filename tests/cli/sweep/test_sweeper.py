@@ -623,7 +623,7 @@ def test_a_job_that_ended_before_its_trial_began_is_reported(sweep, monkeypatch)
         "hydra.core.plugins.Plugins.instantiate_launcher", lambda self, **given: StartsNone()
     )
     monkeypatch.setattr(
-        "nerve.cli.sweep.slurm.SentJobs.ended",
+        "nerve.cli.sweep.slurm.SubmittedJobs.ended",
         lambda self, override: f"its job ended, with TIMEOUT ({override[:19]})",
     )
     _, _, err = sweep("seed=0,1", "hydra/launcher=basic", "hydra.launcher._target_=elsewhere")
@@ -705,6 +705,7 @@ def test_a_run_with_other_values_that_came_first_is_not_taken_for_the_trial(find
     status, _, err = finds_a_run([], ["activation=relu"], lambda: None)
     assert status == 1
     assert "mine/chosen holds run" in err
+    assert "Choose another directory with hydra.sweep.dir=…, or delete that one." in err
     assert "activation.name" in err
 
 

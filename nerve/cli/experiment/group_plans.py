@@ -1,24 +1,29 @@
-"""Groups of a configuration in the form that a run uses, each checked by itself; the group
+"""Groups of a configuration in the form that a run uses, each checked separately; the group
 `trainer` is in `trainer.py`."""
 
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from nerve.cli.config.compose import build
 from nerve.cli.experiment.trainer import TrainerPlan
-from nerve.config import from_mapping, require, require_count, require_path, require_type
+from nerve.config import (
+    from_mapping,
+    require,
+    require_count,
+    require_path,
+    require_reached,
+    require_type,
+)
+from nerve.metric_names import SAMPLES_PER_DIMENSION
 from nerve.models import MODELS, Skeleton, model_design
 from nerve.models.gpt import GPTConfig
 from nerve.models.mixer import MixerConfig
 from nerve.optim import Part, Schedule, check_parts
-from nerve.recording.settings import MonitorSettings
-
-SAMPLES_PER_DIMENSION = 8
-"""`monitor.n_tokens=auto` measures this many tokens per dimension of the widest FFN (N/D)."""
+from nerve.recording.settings import MonitorSettings, steps_of
 
 _OPTIMIZER_NUMBERS = (
     "lr",
@@ -39,8 +44,10 @@ _LISTS_OF_PATHS = ("corpus.paths", "corpus.roots")
 
 @dataclass(frozen=True)
 class MonitorPlan(MonitorSettings):
-    """What is measured, and the number of held-out tokens: a number, or `auto`, which is derived
-    from the width of the widest FFN."""
+    """What is measured, and the number of held-out tokens: a number, or `auto` for
+    `SAMPLES_PER_DIMENSION` times the d_ff of the widest FFN."""
+
+    PREFIX: ClassVar[str] = "monitor."
 
     n_tokens: int | str = "auto"
 
@@ -55,8 +62,12 @@ class MonitorPlan(MonitorSettings):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings of `SpectralMonitor`, by name."""
+        """The settings of `FitMonitor`, by name."""
         return {each.name: getattr(self, each.name) for each in fields(MonitorSettings)}
+
+    def require_reached(self, last: int) -> None:
+        """Raises `ConfigError` for single steps after the last step of training."""
+        require_reached("monitor.steps", steps_of(self.steps, last), last)
 
     def n_heldout_tokens(self, widest: int) -> int:
         """Number of tokens to measure if the widest FFN has d_ff `widest`."""

@@ -1,4 +1,4 @@
-"""Communication between the processes of a run."""
+"""Objects that the processes of a run send each other, and whom they do not wait for."""
 
 import json
 import os
@@ -13,19 +13,12 @@ import torch
 import torch.distributed as dist
 from processes import together
 
-from nerve.errors import NotGatheredError, StoppedError, StoreError
-from nerve.measuring import distributed
+from nerve.errors import NotGatheredError, StoreError
+from nerve.measuring import messages
 from nerve.measuring.collectives import highest
-from nerve.measuring.distributed import (
-    Exit,
-    Mailbox,
-    gathered,
-    knowing_others,
-    leave,
-    own_part,
-    rank,
-    reason_of_others,
-)
+from nerve.measuring.departures import Exit, knowing_others, leave
+from nerve.measuring.messages import Mailbox, gathered, own_part
+from nerve.measuring.processes import rank
 
 CPU = torch.device("cpu")
 
@@ -71,45 +64,6 @@ def test_two_processes_gather_in_order_of_rank(tmp_path):
         assert heard == [index, [{"mine": 0}, {"mine": 1}], {"mine": index}, 5]
 
 
-@pytest.fixture
-def two(monkeypatch):
-    """Two processes, as threads that share a store; returns what a function of the rank returned or
-    raised in each."""
-    store, me = dist.HashStore(), threading.local()
-    store.set_timeout(timedelta(seconds=100))
-    monkeypatch.setattr(distributed, "_store", lambda: dist.PrefixStore("nerve", store))
-    monkeypatch.setattr(distributed, "n_processes", lambda: 2)
-    monkeypatch.setattr(distributed, "rank", lambda: getattr(me, "rank", 0))
-    monkeypatch.setattr(distributed, "BELIEVED_AFTER_S", 0.05)
-
-    def call(function):
-        ends = [None, None]
-
-        def process(index: int) -> None:
-            me.rank = index
-            try:
-                ends[index] = function(index)
-            except Exception as error:
-                ends[index] = error
-
-        threads = [threading.Thread(target=process, args=(i,), daemon=True) for i in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(100)
-            assert not thread.is_alive()
-        return ends
-
-    def as_rank(index: int, function) -> None:
-        me.rank = index
-        function()
-        me.rank = 0
-
-    call.store = store
-    call.as_rank = as_rank
-    return call
-
-
 @pytest.mark.parametrize("who", [0, 1])
 def test_waiting_for_a_process_that_has_left_raises_with_its_reason(two, who):
     """In a collective exchange."""
@@ -141,42 +95,9 @@ def test_waiting_for_mail_of_a_process_that_has_left_raises_with_its_reason(two)
     assert "process 1 has stopped: RuntimeError: gone" in str(error)
 
 
-CLOSED = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:5] Connection closed")
-
-
-@pytest.mark.parametrize("error", [CLOSED, dist.DistBackendError("NCCL error: remote")])
-@pytest.mark.parametrize("has_left", [True, False])
-def test_a_collective_that_another_process_has_left_raises_with_its_reason(two, has_left, error):
-    """Or without one, if it was killed. A reason of this process itself is not one."""
-
-    def process(index: int) -> object:
-        if index == 1:
-            return leave(ValueError("no more")) if has_left else None
-        time.sleep(0.02)
-        leave(error)
-        with knowing_others({}):
-            raise error
-
-    raised = two(process)[0]
-    assert isinstance(raised, NotGatheredError)
-    assert raised.__cause__ is error
-    reason = (
-        "process 1 has stopped: ValueError: no more" if has_left else f"torch reports: {error}."
-    )
-    assert reason in str(raised)
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1), StoppedError("told so")])
-def test_a_process_that_was_asked_to_stop_says_so(two, error):
-    def process(index: int) -> object:
-        return leave(error) if index == 1 else gathered(index)
-
-    assert isinstance(two(process)[0], StoppedError)
-
-
 def test_a_process_that_has_exited_is_not_waited_for(two, monkeypatch):
     """Neither for its value nor for half a minute, in case its error was caught."""
-    monkeypatch.setattr(distributed, "BELIEVED_AFTER_S", 60.0)
+    monkeypatch.setattr(messages, "BELIEVED_AFTER_S", 60.0)
     exits: dict[int, Exit] = {}
     began = time.monotonic()
 
@@ -194,11 +115,6 @@ def test_a_process_that_has_exited_is_not_waited_for(two, monkeypatch):
     assert time.monotonic() - began < 10
 
 
-def test_a_process_that_exited_because_it_was_asked_to_stop_was_stopped(two):
-    with knowing_others({1: Exit("was killed by SIGINT", is_stop=True)}):
-        assert isinstance(reason_of_others(), StoppedError)
-
-
 def test_what_a_process_sent_before_it_exited_is_received(two):
     has_sent = threading.Event()
 
@@ -214,60 +130,10 @@ def test_what_a_process_sent_before_it_exited_is_received(two):
     assert two(process)[0] == ["last"]
 
 
-def test_after_the_block_no_exits_are_known(two):
-    with knowing_others({1: Exit("was killed by SIGKILL")}):
-        assert "was killed" in str(reason_of_others())
-    assert reason_of_others() is None
-
-
-@pytest.mark.parametrize("late_s", [0.0, 0.1])
-def test_an_exit_that_is_noticed_late_explains_a_closed_connection(two, late_s):
-    exits: dict[int, Exit] = {}
-
-    def process(index: int) -> object:
-        if index == 1:
-            time.sleep(late_s)
-            return exits.update({1: Exit("was killed by SIGKILL")})
-        with knowing_others(exits):
-            raise CLOSED
-
-    assert "process 1 was killed by SIGKILL" in str(two(process)[0])
-
-
-@pytest.mark.parametrize(
-    ("exits", "reason"),
-    [
-        ({}, "process 1 has stopped: RuntimeError"),
-        ({3: Exit("was killed by SIGKILL")}, "process 3 was"),
-    ],
-)
-def test_one_that_left_because_of_another_one_is_the_last_to_explain_it(
-    two, monkeypatch, exits, reason
-):
-    monkeypatch.setattr(distributed, "n_processes", lambda: 5)
-    two.as_rank(1, lambda: leave(CLOSED))
-    two.as_rank(2, lambda: leave(NotGatheredError("of process 1")))
-    with knowing_others(exits):
-        assert reason in str(reason_of_others())
-        two.as_rank(4, lambda: leave(ValueError("the first")))
-        assert "process 4 has stopped: ValueError: the first" in str(reason_of_others())
-
-
-def test_other_errors_are_raised_as_they_are_even_if_another_process_has_left(two):
-    own = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-
-    def process(index: int) -> object:
-        leave(own)
-        with knowing_others({}):
-            raise own
-
-    assert two(process) == [own, own]
-
-
 def test_a_process_that_has_left_may_return(two, monkeypatch):
     """After an error that all processes have caught. Then it may take longer than one that has left
     is waited for."""
-    monkeypatch.setattr(distributed, "BELIEVED_AFTER_S", 1.0)
+    monkeypatch.setattr(messages, "BELIEVED_AFTER_S", 1.0)
 
     def process(index: int) -> object:
         leave(ValueError("caught"))
@@ -279,11 +145,22 @@ def test_a_process_that_has_left_may_return(two, monkeypatch):
     assert two(process) == [([0, 1], [0, -1])] * 2
 
 
+def test_a_process_that_returns_while_its_reason_is_read_is_waited_for(two, monkeypatch):
+    """It has taken back the reason meanwhile."""
+    monkeypatch.setattr(messages, "has_left", lambda other: True)
+
+    def process(index: int) -> object:
+        time.sleep(0.2 * index)
+        return gathered(index)
+
+    assert two(process) == [[0, 1], [0, 1]]
+
+
 def test_the_first_process_does_not_leave_before_all_have_read(two, monkeypatch):
     has_read, get = threading.Event(), dist.PrefixStore.get
 
     def slow(store: dist.Store, key: str) -> bytes:
-        if distributed.rank() == 1:
+        if rank() == 1:
             time.sleep(0.1)
             if key.endswith("/1"):  # the last one that it reads
                 has_read.set()
