@@ -25,7 +25,17 @@ from hydra._internal.defaults_list import DefaultsList, Overrides, create_defaul
 from hydra.core.default_element import InputDefault, ResultDefault
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import (
+    AnyNode,
+    BooleanNode,
+    DictConfig,
+    FloatNode,
+    IntegerNode,
+    ListConfig,
+    Node,
+    OmegaConf,
+    StringNode,
+)
 from omegaconf.base import Metadata
 
 from nerve.cli.config.compose import CONF, SWEEPS
@@ -35,11 +45,15 @@ SHIPPED = (CONF, SWEEPS, Path(hydra.__file__).parent)
 PLACES = {"", "hydra.conf", *map(str, SHIPPED)}
 """What sources of configuration call them; structured configuration has no place."""
 
+COPIED = (DictConfig, ListConfig, AnyNode, StringNode, IntegerNode, FloatNode, BooleanNode)
+"""The nodes that a configuration has."""
+
 load = OmegaConf.load
 compose_defaults = ConfigLoaderImpl._compose_config_from_defaults_list
 choices = defaults_list._create_interpolation_map
 begin_caching = CachingConfigRepository.__init__
 parse = OverridesParser.parse_rule
+copies = {kind: kind.__deepcopy__ for kind in COPIED}
 
 _defaults: dict[Any, DefaultsList] = {}
 _composed: dict[Any, DictConfig] = {}
@@ -54,6 +68,8 @@ def remember() -> None:
     CachingConfigRepository.__init__ = begin_caching_in_place
     OverridesParser.parse_rule = parse_once
     Metadata.__deepcopy__ = copy_metadata
+    for kind in COPIED:
+        kind.__deepcopy__ = copy_node
 
 
 _parsed = functools.cache(load)
@@ -147,4 +163,25 @@ def copy_metadata(self: Metadata, memo: dict[int, Any]) -> Metadata:
         copy.deepcopy(self.resolver_cache, memo) if self.resolver_cache else defaultdict(dict)
     )
     copied.__dict__ |= self.__dict__ | {"flags": flags, "resolver_cache": resolved}
+    return copied
+
+
+def copy_node(self: Node, memo: dict[int, Any]) -> Node:
+    """`copy.deepcopy`, without the checks of a new node that has no value yet."""
+    copied = object.__new__(type(self))
+    own = copied.__dict__
+    own |= self.__dict__
+    own["_metadata"] = copy_metadata(own["_metadata"], memo)
+    own["_flags_cache"] = None  # it is looked for again
+    content = own.get("_content")
+    if isinstance(content, dict):
+        own["_content"] = {key: _copy_child(each, copied, memo) for key, each in content.items()}
+    elif isinstance(content, list):
+        own["_content"] = [_copy_child(each, copied, memo) for each in content]
+    return copied
+
+
+def _copy_child(node: Node, parent: Node, memo: dict[int, Any]) -> Node:
+    copied: Node = type(node).__deepcopy__(node, memo)
+    copied.__dict__["_parent"] = parent
     return copied

@@ -11,7 +11,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import Container, DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, Node, OmegaConf
 from omegaconf.base import Metadata
 from support import composed, hydra_at_conf
 
@@ -41,6 +41,8 @@ def by_hydra(monkeypatch):
             patch.setattr(CachingConfigRepository, "__init__", composing.begin_caching)
             patch.setattr(OverridesParser, "parse_rule", composing.parse)
             patch.delattr(Metadata, "__deepcopy__")
+            for kind, copy in composing.copies.items():
+                patch.setattr(kind, "__deepcopy__", copy)
             return function()
 
     return call
@@ -77,21 +79,40 @@ def test_what_was_composed_is_the_callers_own():
     assert composed().optimizer.lr != 7
 
 
-def all_metadata(node) -> list[Metadata]:
-    """Those of a node and of all nodes in it."""
+def all_nodes(node) -> list[Node]:
+    """A node and all nodes in it."""
     content = node._content if isinstance(node, Container) else ()
     children = content.values() if isinstance(content, dict) else content or ()
-    return [node._metadata, *(each for child in children for each in all_metadata(child))]
+    assert all(child._parent is node for child in children)
+    return [node, *(each for child in children for each in all_nodes(child))]
+
+
+def described(node) -> list[tuple]:
+    """Whatever a copy of a node has in common with it, for all nodes in it."""
+    return [
+        (type(each), each._metadata, None if isinstance(each, Container) else each._value())
+        for each in all_nodes(node)
+    ]
 
 
 def test_a_copy_of_a_configuration_is_that_of_the_standard_library(by_hydra):
     config: DictConfig = composed("hydra/launcher=slurm", with_hydra=True)
     expected = by_hydra(lambda: deepcopy(config))
     copied = deepcopy(config)
-    assert all_metadata(copied) == all_metadata(expected)
-    assert len(all_metadata(copied)) > 200
+    assert described(copied) == described(expected)
+    assert copied == expected == config
+    assert len(all_nodes(copied)) > 200
+    assert not set(map(id, all_nodes(copied))) & set(map(id, all_nodes(config)))
     OmegaConf.set_readonly(copied, True)
-    assert not OmegaConf.is_readonly(config)
+    assert OmegaConf.is_readonly(copied.optimizer)
+    assert not OmegaConf.is_readonly(config.optimizer)
+
+
+def test_a_copy_of_a_part_of_a_configuration_knows_the_whole(by_hydra):
+    """To which its interpolations refer."""
+    config = composed(with_hydra=True)
+    for copied in (deepcopy(config.optimizer), by_hydra(lambda: deepcopy(config.optimizer))):
+        assert copied._parent is config
 
 
 def test_a_folder_of_a_test_is_read_each_time(tmp_path):

@@ -142,9 +142,9 @@ def chunk_ends(path: Path) -> int:
     )
 
 
-@pytest.mark.parametrize("mask", [0x01, 0x10])
-def test_a_changed_byte_anywhere_is_harmless_or_named(filled, mask):
-    """Changes every fifth byte of a part separately: the rows are the same, or the part is damaged.
+@pytest.mark.parametrize(("mask", "first"), [(0x01, 0), (0x10, 5)])
+def test_a_changed_byte_anywhere_is_harmless_or_named(filled, mask, first):
+    """Changes every tenth byte of a part separately: the rows are the same, or the part is damaged.
 
     Without verification, the same changes would silently give other numbers or nulls.
     """
@@ -152,7 +152,7 @@ def test_a_changed_byte_anywhere_is_harmless_or_named(filled, mask):
     content, whole, end = path.read_bytes(), read_part(path, DATASET), chunk_ends(path)
     whole_metadata = read_metadata(path)
     named, silent_in_pages, silent_in_footer = 0, 0, 0
-    for place in range(0, len(content), 5):
+    for place in range(first, len(content), 10):
         changed = bytearray(content)
         changed[place] ^= mask
         path.write_bytes(changed)
@@ -165,9 +165,9 @@ def test_a_changed_byte_anywhere_is_harmless_or_named(filled, mask):
         is_other = differs_unverified(changed, whole)
         silent_in_pages += is_other and place < end
         silent_in_footer += is_other and place >= end
-    assert named > len(content) / 10
-    assert silent_in_pages > 10
-    assert silent_in_footer > 10
+    assert named > len(content) / 20
+    assert silent_in_pages > 5
+    assert silent_in_footer > 5
 
 
 def differs_unverified(content: bytes, whole: pa.Table) -> bool:

@@ -229,7 +229,7 @@ def test_compiled_training_is_measured_and_unmeasured_steps_keep_their_graph(tmp
     """One graph with taps and one without, each compiled once, however often steps alternate."""
     rows, weights = {}, {}
     for name, every in (("compiled", 3), ("eager", 3), ("never", 100)):
-        module = make_module(compile=name != "eager")
+        module = make_module(compile=name != "eager", model={"n_layers": 1})
         values = {"every_n_steps": every, "source": "train"}
         graphs.clear()
         rows[name] = fit(tmp_path / name, module, batches(8), batches(2, seed=1), **values)[1]

@@ -20,10 +20,10 @@ from nerve.storage.record import RunRecord
 from nerve.training.checkpoint_files import read_checkpoint
 from nerve.training.signals import Interrupted
 
-N_STEPS = 4
+N_STEPS = 3
 
 CASES = [
-    ["optimizer=adamw", "checkpoint.keep=[0,2,3,4]"],
+    ["optimizer=adamw", "checkpoint.keep=[0,2,3]"],
     ["trainer.accumulate_grad_batches=3", "trainer.log_every_n_steps=2", "checkpoint.keep=[1,3]"],
     ["model.dropout=0.2", "monitor.source=train", "ffn.constraint=spectral_norm"],
     ["optimizer=muon", "trainer.accumulate_grad_batches=2", "ffn.constraint=weight_norm"],
