@@ -8,10 +8,8 @@ import gc
 
 import composing
 import processes  # noqa: F401 - else each process imports it, and pytest with it
-import sitecustomize
 from support import ask_once_for_provenance, composed, never_sync
 
-sitecustomize.load_compiler()  # which several processes of a run need
 composing.remember()
 ask_once_for_provenance()
 never_sync()
