@@ -74,8 +74,15 @@ def compare_seeds(
         points, ["run_id", "design_id", "seed", "flag", "data", *names], "final_metrics"
     )
     require_columns(runs, [factor], "load_runs")
+    flagged = points.drop_duplicates("run_id")["flag"].value_counts()
     points = points[(points["flag"] == "ok") & points["seed"].notna() & points["ffn"].notna()]
     runs = runs[runs["run_id"].isin(points["run_id"])]
+    if runs.empty:
+        counts = ", ".join(f"{flag}: {n:,}" for flag, n in flagged.items())
+        raise ConfigError(
+            "Only runs with the flag ok and a seed can be compared; there are none "
+            f"({counts or 'no runs'}). nerve.flag_runs gives the reasons."
+        )
     factors = find_factors(runs)
     others = [name for name in (*factors.varying, *factors.taken) if name != factor]
     if factor not in factors.varying:

@@ -104,7 +104,7 @@ def own_values(record: RunRecord) -> dict[str, Any]:
     if record.seed is None and type(configured) is int:  # records of earlier versions may lack it
         values["seed"] = configured
     if record.error is not None:
-        values["error"] = ": ".join(str(text) for text in record.error.values())
+        values["error"] = ": ".join(filter(None, map(str, record.error.values())))
     return values
 
 

@@ -79,7 +79,7 @@ def error_text(error: Mapping[str, str] | None) -> str:
     named = dict(error or {})
     if named.get("type") == "Interrupted":
         del named["type"]
-    return ": ".join(named.values())
+    return ": ".join(filter(None, named.values()))
 
 
 def duration(seconds: float) -> str:

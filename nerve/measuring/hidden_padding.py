@@ -45,8 +45,8 @@ def _look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
         name = "attention_mask"
     if name is not None:
         raise MeasurementError(
-            f"Padding must not be measured; {type(module).__name__} receives a {name} that "
-            "excludes samples, and the batch shows no mask under one of the names that are known. "
+            f"Padding must not be measured; {type(module).__name__} receives an argument "
+            f"{name} that excludes samples, and the batch shows no mask under a known name. "
             "Give batches that are mappings with an attention_mask; or mask=lambda batch: …, True "
             "for the samples that count (mask=lambda batch: None counts all)."
         )

@@ -155,6 +155,8 @@ def _record_end(
     if error is None or record.run_status == "done":
         return
     interrupted = isinstance(error, StoppedError) or not isinstance(error, Exception)
+    if isinstance(error, KeyboardInterrupt) and not str(error):
+        error = KeyboardInterrupt("stopped by SIGINT")
     try:
         record.finish("interrupted" if interrupted else "failed", error=error)
     except StoreError as refused:

@@ -65,7 +65,8 @@ def content_of_runs(loaded: Runs, window: str, title: str) -> Content:
     content.notes += sampled_rows(metrics)
     content.notes += describe_ties(factors)
     if not factors.varying and not factors.taken:
-        content.notes.append("Only the seed varies among these runs.")
+        only = "Only the seed" if runs["seed"].nunique() > 1 else "Nothing"
+        content.notes.append(f"{only} varies among these runs.")
     content.notes += _single_seeds(designs)
     drawn = flags.loc[flags["flag"] == "ok", "run_id"]
     if drawn.empty and len(metrics):

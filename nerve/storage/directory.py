@@ -145,7 +145,7 @@ class RunDirectory:
         record = self._wait_until_surely_idle(self.record)
         self.require_same(config)
         if record.run_status == "failed" and not retry:
-            error = ": ".join((record.error or {}).values())
+            error = ": ".join(filter(None, (record.error or {}).values()))
             raise StoreError(
                 f"A failed run is only restarted with {self.RETRY}; {self.path} holds run "
                 f"{record.run_id}, which failed with {error or 'an error'}. Fix the cause and add "

@@ -39,13 +39,21 @@ def stopped_by(trainer: L.Trainer) -> str | None:
     step, last = trainer.global_step, trainer.max_steps
     if step >= last:
         return None
-    rules = _rules(trainer)
-    if not trainer.should_stop or not rules:
+    reason = early_stopping(trainer)
+    if reason is None:
         raise Interrupted(
             f"A run is done at trainer.max_steps or when an EarlyStopping callback stops it; "
             f"something else ended training at step {step:,} of {last:,}. Use EarlyStopping, "
             "trainer.max_steps or trainer.max_time to end a run."
         )
+    return reason
+
+
+def early_stopping(trainer: L.Trainer) -> str | None:
+    """What the `EarlyStopping` callbacks that have ended training say; None if none has."""
+    rules = _rules(trainer)
+    if not trainer.should_stop or not rules:
+        return None
     reasons = (getattr(rule, "stopping_reason_message", None) for rule in rules)
     names = " or ".join(f"{type(rule).__name__}({rule.monitor})" for rule in rules)
     return next(filter(None, reasons), names)

@@ -15,6 +15,7 @@ from nerve.measuring.masks import Masks
 from nerve.recording.given import watched_config
 from nerve.recording.run import RecordedRun, device_name, recorded_run, seed_of
 from nerve.recording.settings import MonitorSettings
+from nerve.training.ending import early_stopping
 from nerve.training.fit import warn_of_intervals
 from nerve.training.monitor import FitMonitor
 
@@ -159,7 +160,7 @@ class SpectralMonitor(FitMonitor):
         super().on_train_start(trainer, pl_module)
         if self._recorded is not None:
             # A resumed run still has the final values of the end that it abandons.
-            self._recorded.record.update(step=self._updates.n, final={})
+            self._recorded.record.update(step=self._updates.n, final={}, stopped_by=None)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         super().on_train_batch_end(trainer, *args, **kwargs)
@@ -178,10 +179,9 @@ class SpectralMonitor(FitMonitor):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
         if self._recorded is not None:
-            self._recorded.record.final = {
-                "val_loss": self.val_loss,
-                "measuring_seconds": self.seconds,
-            }
+            record = self._recorded.record
+            record.final = {"val_loss": self.val_loss, "measuring_seconds": self.seconds}
+            record.stopped_by = early_stopping(trainer)
         self._end(None)
 
     def _end(self, error: BaseException | None) -> None:

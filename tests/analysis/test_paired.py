@@ -173,6 +173,16 @@ def test_a_factor_that_does_not_vary_or_follows_another_is_refused(tables):
         compare_seeds(points, runs, "activation.slope")
 
 
+def test_runs_none_of_which_can_be_compared_are_refused_with_their_flags(tables):
+    """Not as if the factor had one level."""
+    risen = {name: specs([7.0], activation__name=name)[0] for name in ("gelu", "relu")}
+    metrics, runs = tables(*(dict(spec, run_id=name) for name, spec in risen.items()))
+    points = final_metrics(metrics, runs)
+    assert set(points["flag"]) == {"diverged"}
+    with pytest.raises(ConfigError, match=r"there are none \(diverged: 2\)"):
+        compare_seeds(points, runs, "activation.name")
+
+
 def test_designs_without_a_seed_in_common_have_no_row(tables):
     apart = specs([4.2, 4.1], activation__name="relu")
     for spec in apart:

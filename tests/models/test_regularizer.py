@@ -127,7 +127,7 @@ def test_a_forward_pass_that_was_cut_off_leaves_nothing_behind() -> None:
     ("values", "message"),
     [
         ({"name": "pr"}, r"regularizer\.name must be one of none, participation_ratio; got 'pr'"),
-        ({"site": "input"}, r"regularizer\.site must be one of post, pre; got 'input'"),
+        ({"site": "input"}, r"regularizer\.site must be one of pre, post; got 'input'"),
         ({"weight": 0.1}, r"regularizer\.weight=0\.1 has no effect with regularizer\.name=none"),
         ({"n_tokens": 1}, r"regularizer\.n_tokens must be at least 2.*got 1"),
     ],

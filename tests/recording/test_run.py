@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from nerve.analysis.load import load_runs
+from nerve.cli.console import error_text
 from nerve.errors import NotGatheredError, StoreError
 from nerve.recording import run
 from nerve.recording.heartbeat import Heartbeat
@@ -63,6 +65,18 @@ def test_an_error_before_the_block_is_sent_to_the_other_processes(tmp_path, monk
     with pytest.raises(KeyboardInterrupt) as error, opened(tmp_path):
         pass
     assert told == [error.value]
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [(KeyboardInterrupt(), "KeyboardInterrupt: stopped by SIGINT"), (SystemExit(), "SystemExit")],
+)
+def test_an_interruption_without_a_message_is_shown_without_an_empty_one(tmp_path, error, text):
+    with pytest.raises(type(error)):
+        record_run(tmp_path, 0, ends_with=error)
+    record = RunRecord.load(tmp_path)
+    assert error_text(record.error) == text
+    assert load_runs(tmp_path)["error"].tolist() == [text]
 
 
 ENDINGS = [

@@ -288,6 +288,13 @@ def test_if_no_run_can_be_compared_the_flagged_ones_are_drawn(make, tmp_path):
     assert drawings(content) == ["curves_by_activation.name", "layers_by_activation.name"]
 
 
+def test_runs_that_do_not_differ_are_not_said_to_differ_in_the_seed(make, tmp_path):
+    make("a")
+    make("b", run_status="interrupted")
+    content = gather(tmp_path / "runs")
+    assert note(content, "Nothing varies among these runs")
+
+
 def test_runs_that_differ_only_in_the_seed_are_separate_lines(make, tmp_path):
     make("a", seed=0)
     make("b", seed=1)

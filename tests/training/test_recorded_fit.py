@@ -11,6 +11,7 @@ import lightning as L
 import pandas as pd
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from support import Batches
 from torch import Tensor, nn
 
@@ -121,6 +122,15 @@ def test_a_fit_is_a_run_of_its_configuration(tmp_path):
     assert record.final == {"val_loss": monitor.val_loss, "measuring_seconds": monitor.seconds}
     assert steps_of(tmp_path) == [0, 2, 4, 6]
     assert [len(list_parts(tmp_path, DATASETS[name])) for name in ("metrics", "spectra")] == [1, 1]
+
+
+def test_a_fit_that_early_stopping_ends_says_so(tmp_path):
+    """So that it is not taken for a run that has reached its last step."""
+    fit(tmp_path, EarlyStopping("pr_post", patience=1, mode="min", min_delta=1e3))
+    record = record_of(tmp_path)
+    assert (record.run_status, record.step) == ("done", 4)
+    assert "pr_post" in record.stopped_by
+    assert nerve.load_runs(tmp_path)["stopped_by"].notna().all()
 
 
 def test_the_same_loop_watched_has_the_same_id(tmp_path):
