@@ -1,7 +1,9 @@
-"""A small FFN made of any two projections, and the metrics of features in float64 NumPy."""
+"""A small FFN made of any two projections, two FFNs in a row, and the metrics of features in
+float64 NumPy."""
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor, nn
 
 
@@ -14,6 +16,24 @@ class Plain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.act(self.up(x)))
+
+
+class Net(nn.Module):
+    """Two FFNs in a row, of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(9, 4)
+        self.ffns = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 12), nn.GELU(), nn.Linear(12, 4)) for _ in range(2)
+        )
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        x = self.embed(input_ids)
+        for ffn in self.ffns:
+            x = x + ffn(x)
+        return {"loss": x.square().mean()}
 
 
 def values(x: Tensor) -> tuple[int, float, float]:

@@ -9,30 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from by_hand import Net
 
 import nerve
 from nerve.errors import ConfigError, StoreError
 from nerve.recording.settings import MonitorSettings
-
-
-class Net(nn.Module):
-    """Two FFNs in a row, of tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(9, 4)
-        self.ffns = nn.ModuleList(
-            nn.Sequential(nn.Linear(4, 12), nn.GELU(), nn.Linear(12, 4)) for _ in range(2)
-        )
-
-    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
-        x = self.embed(input_ids)
-        for ffn in self.ffns:
-            x = x + ffn(x)
-        return {"loss": x.square().mean()}
-
 
 HELDOUT = [{"input_ids": torch.arange(64).reshape(2, 32) % 9}]
 

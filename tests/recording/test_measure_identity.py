@@ -6,29 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from by_hand import Net
 from torch import Tensor, nn
 
 import nerve
 from nerve.errors import StoreError
-
-
-class Net(nn.Module):
-    """Two FFNs in a row, of tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(9, 4)
-        self.ffns = nn.ModuleList(
-            nn.Sequential(nn.Linear(4, 12), nn.GELU(), nn.Linear(12, 4)) for _ in range(2)
-        )
-
-    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
-        x = self.embed(input_ids)
-        for ffn in self.ffns:
-            x = x + ffn(x)
-        return {"loss": x.square().mean()}
-
 
 MODEL = Net()
 BATCHES = [{"input_ids": torch.arange(2 * n).reshape(2, n) % 9} for n in (20, 30)]
